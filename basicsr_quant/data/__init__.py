@@ -1,0 +1,1 @@
+"""Data: making low-resolution images; BasicSR's own data sets do the rest."""
