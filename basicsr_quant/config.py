@@ -1,0 +1,172 @@
+"""The ``quant:`` block of an option file, checked once and made into frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from torch import nn
+
+from .errors import QuantError, nearest
+from .methods import METHODS, settings_of
+from .network.plan import FLOAT_BITS, Plan
+from .network.planning import LayerRule, PlanRequest, make_plan
+from .network.trace import trace
+from .schema import check_keys, option, read
+
+_BITS = (*range(2, 9), FLOAT_BITS)
+_BITS_TEXT = 'a whole number from 2 to 8, or 32 for floating point'
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """``quant.calibration``: where ranges come from.
+
+    Args:
+        num_images: Number of images, the first ones of the data set.
+        patch_size: Side in LQ pixels of the centre crop taken from each image; 0 takes whole images. 96 in AdaBM.
+        dataset: Options of any BasicSR data set; None is the training set (``basicsr train`` only).
+    """
+
+    num_images: int = option(100, low=1)
+    patch_size: int = option(96, low=0)
+    dataset: Optional[dict] = None  # type: ignore[type-arg]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The whole block. See the README for what each key means."""
+
+    method: str
+    w_bits: int = 8
+    a_bits: int = 8
+    scope: str = 'body'
+    layers: Mapping[str, LayerRule] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    feature_scale: Optional[float] = None
+    calibration: Optional[CalibrationConfig] = None
+
+    def plan(self, net: nn.Module, trace_input: tuple[int, ...] | None = None) -> Plan:
+        """Plan ``net``, an FP32 network. Which inputs are rectified is traced from its structure."""
+        request = PlanRequest(self.method, self.w_bits, self.a_bits, self.scope, self.layers, self.settings)
+        plan = make_plan(net, request)
+        if not plan.quantized:
+            if self.method == 'none':
+                return plan
+            raise QuantError(
+                f'quant: nothing is left to quantize: scope {self.scope!r}, w_bits {self.w_bits}, a_bits {self.a_bits} '
+                "and quant.layers leave every layer in floating point; use 'method: none' if that is meant"
+            )
+        layers = trace(net, trace_input).layers
+        return make_plan(net, request, frozenset(layer.name for layer in layers if layer.rectified))
+
+
+@dataclass(frozen=True)
+class _Scalars:
+    """The keys of the block that hold one value."""
+
+    w_bits: int = 8
+    a_bits: int = 8
+    scope: str = option('body', choices=('body', 'all'))
+    skip: str = option('fp', choices=('fp',))
+    w_granularity: str = option('tensor', choices=('tensor', 'channel'))
+    zero_point: Optional[str] = option(None, choices=('float', 'integer'))
+    feature_scale: Union[float, str] = 'auto'
+    reference_compat: bool = False
+
+
+def read_config(block: Any) -> QuantConfig:
+    """Check the ``quant:`` block and return it.
+
+    Raises:
+        QuantError: for anything that is not as documented, naming the option, what was given and what is allowed.
+
+    >>> read_config({'method': 'odm', 'w_bits': 4, 'a_bits': 4}).settings['zero_point']
+    'float'
+    >>> read_config({'method': 'pams', 'odm': {'gate': 'sign'}})
+    Traceback (most recent call last):
+    basicsr_quant.errors.QuantError: quant.odm is given, but quant.method is 'pams'; options of a method go with it only
+    """
+    if not isinstance(block, Mapping):
+        raise QuantError(f'quant must hold `key: value` pairs such as `method: odm`, not {block!r}')
+    method = block.get('method')
+    if method is None:
+        raise QuantError(f'quant.method is missing; allowed: {" | ".join(METHODS)}')
+    if method not in METHODS:
+        raise QuantError(f'quant.method: {method!r} given{nearest(method, METHODS)}, allowed: {" | ".join(METHODS)}')
+    for other in METHODS:
+        if other in block and other != method:
+            raise QuantError(
+                f'quant.{other} is given, but quant.method is {method!r}; options of a method go with it only'
+            )
+    scalar_keys = list(_Scalars.__dataclass_fields__)
+    check_keys(block, ['method', *scalar_keys, 'layers', 'calibration', method], 'quant')
+    scalars = read(_Scalars, {k: block[k] for k in scalar_keys if k in block}, 'quant')
+    _check_method(method, scalars)
+    settings = settings_of(
+        method,
+        zero_point=scalars.zero_point,
+        w_granularity=scalars.w_granularity,
+        reference_compat=scalars.reference_compat,
+        options=block.get(method),
+    )
+    return QuantConfig(
+        method=method,
+        w_bits=_bits(scalars.w_bits, 'quant.w_bits'),
+        a_bits=_bits(scalars.a_bits, 'quant.a_bits'),
+        scope=scalars.scope,
+        layers=_read_layers(block.get('layers')),
+        settings=settings,
+        feature_scale=_read_feature_scale(scalars.feature_scale),
+        calibration=_read_calibration(block.get('calibration')),
+    )
+
+
+def _check_method(method: str, scalars: _Scalars) -> None:
+    cls = METHODS[method]
+    if scalars.zero_point is not None and scalars.zero_point not in cls.zero_points:
+        allowed = ' | '.join(cls.zero_points)
+        raise QuantError(f'quant.zero_point: {scalars.zero_point!r} given, allowed with method {method!r}: {allowed}')
+    if scalars.reference_compat and not cls.has_reference_compat:
+        raise QuantError(f'quant.reference_compat: true given, but method {method!r} has no such form; leave it out')
+
+
+def _bits(value: Any, path: str) -> int:
+    if isinstance(value, bool) or value not in _BITS:
+        raise QuantError(f'{path}: {value!r} given, {_BITS_TEXT} needed')
+    return int(value)
+
+
+def _read_layers(given: Any) -> dict[str, LayerRule]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise QuantError(f"quant.layers must hold 'name glob': fp or {{w_bits: 8, a_bits: 8}} pairs, not {given!r}")
+    rules = {}
+    for glob, rule in given.items():
+        path = f"quant.layers.'{glob}'"
+        if rule == 'fp':
+            rules[str(glob)] = LayerRule(FLOAT_BITS, FLOAT_BITS)
+        elif isinstance(rule, Mapping):
+            check_keys(rule, ('w_bits', 'a_bits'), path)
+            rules[str(glob)] = LayerRule(**{k: _bits(_number(v), f'{path}.{k}') for k, v in rule.items()})
+        else:
+            raise QuantError(f'{path}: {rule!r} given, allowed: fp, or {{w_bits: 8, a_bits: 8}}')
+    return rules
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+def _read_feature_scale(given: float | str) -> float | None:
+    if given == 'auto':
+        return None
+    if isinstance(given, float) and given > 0:
+        return given
+    raise QuantError(f'quant.feature_scale: {given!r} given, allowed: auto, or a number above 0')
+
+
+def _read_calibration(given: Any) -> CalibrationConfig | None:
+    return None if given is None else read(CalibrationConfig, given, 'quant.calibration')

@@ -1,0 +1,198 @@
+"""What a quantization method is to the rest of the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..network.calibration import Observations, observe
+from ..network.plan import LayerPlan, Plan
+from ..network.surgery import apply_plan, quant_layers, quantizers
+from ..quantizers import OBSERVERS, Observer, Quantizer, RelativeRange
+from ..registry import Registry
+from ..schema import option, read
+
+METHODS: Registry[type[Method]] = Registry('quantization method')
+"""Methods by the name that ``quant.method`` takes. To add one: a file in this folder with a decorated subclass."""
+
+logger = logging.getLogger('basicsr')
+
+
+@dataclass(frozen=True)
+class RangeOptions:
+    """Options that every method with learned ranges has.
+
+    Args:
+        init: Where ranges start: ``percentile`` (ODM, DDTB), ``mse`` (least reconstruction error), ``minmax`` or
+            ``ema_minmax`` (PAMS, AdaBM).
+        percentile: The percentile p; ranges start at the (100 - p)-th and the p-th.
+        range_lr: Learning rate of range parameters as a multiple of the network's, in units of each range's
+            calibrated width (ODM: 10).
+    """
+
+    init: str = option('percentile', choices=('percentile', 'mse', 'minmax', 'ema_minmax'))
+    percentile: float = option(99.0, low=50.0, high=100.0)
+    range_lr: float = option(10.0, low=0.0)
+
+
+class Method:
+    """Base class of methods. Subclasses say which quantizers a layer gets, how they start and how they train.
+
+    Args:
+        settings: ``Plan.settings``: plain data with ``zero_point``, ``w_granularity``, ``reference_compat``
+            and ``options``, as :func:`settings_of` makes them.
+
+    Class attributes:
+        Options: Frozen dataclass of the options under the method's own key.
+        default_zero_point: What the method's paper uses.
+        zero_points: What ``quant.zero_point`` may be.
+        has_reference_compat: Whether published code exists whose faults ``reference_compat`` reproduces.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type] = RangeOptions
+    default_zero_point: ClassVar[str] = 'float'
+    zero_points: ClassVar[tuple[str, ...]] = ('float', 'integer')
+    has_reference_compat: ClassVar[bool] = False
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.zero_point: str = settings['zero_point']
+        self.per_channel: bool = settings['w_granularity'] == 'channel'
+        self.reference_compat: bool = settings['reference_compat']
+        self.options: Any = read(self.Options, settings['options'], f'quant.{self.name}')
+
+    # -- quantizers ------------------------------------------------------------------------------------------------
+
+    def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
+        """Build the quantizer of a layer's input activation."""
+        raise NotImplementedError
+
+    def make_weight(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
+        """Build the quantizer of a layer's weight."""
+        raise NotImplementedError
+
+    def range_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """Shape of a weight's range: () per tensor, (C, 1, ..., 1) per output channel."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return (weight.shape[0],) + (1,) * (weight.dim() - 1) if self.per_channel else ()
+
+    # -- calibration -----------------------------------------------------------------------------------------------
+
+    def calibrate(self, net: nn.Module, batches: Iterable[Tensor]) -> Observations:
+        """Set every range from the FP32 network's activations on ``batches`` and from its weights."""
+        seen = observe(net, batches, self.make_observer)
+        for name, layer in quant_layers(net).items():
+            if name in seen.observers:
+                self.start_input(layer.input_quantizer, seen.observers[name])
+            if isinstance(layer.weight_quantizer, Quantizer):
+                self.start_weight(layer.weight_quantizer, layer.weight)  # type: ignore[arg-type]
+        return seen
+
+    def make_observer(self, name: str, quantizer: Quantizer) -> Observer:
+        """The observer of a layer's input."""
+        return self._observer(quantizer)
+
+    def start_input(self, quantizer: Any, observer: Observer) -> None:
+        """Set an input quantizer's range from what its observer saw."""
+        quantizer.set_range(*observer.range())
+
+    def start_weight(self, quantizer: Any, weight: Tensor) -> None:
+        """Set a weight quantizer's range."""
+        observer = self._observer(quantizer, symmetric=True, per_channel=self.per_channel)
+        observer.update(weight)
+        quantizer.set_range(*observer.range())
+
+    def _observer(self, quantizer: Quantizer, symmetric: bool = False, per_channel: bool = False) -> Observer:
+        init = self.options.init
+        kwargs: dict[str, Any] = {'per_channel': per_channel}
+        if init == 'percentile':
+            kwargs['percent'] = self.options.percentile
+        elif init == 'mse':
+            kwargs.update(bits=quantizer.num_bits, symmetric=symmetric, narrow_range=quantizer.narrow_range)
+        return OBSERVERS[init](**kwargs)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self, net: nn.Module, params: Iterable[Any], lr: float) -> list[dict[str, Any]]:
+        """Split what a host gives its optimizer: range parameters go into groups of their own, at ``range_lr`` times
+        the learning rate of the group they stood in.
+
+        Args:
+            net: The quantized network.
+            params: Parameters, or optimizer groups of them.
+            lr: The optimizer's default learning rate.
+        """
+        ranges = {id(p) for q in quantizers(net).values() if isinstance(q, RelativeRange) for p in q.range_parameters()}
+        params = list(params)
+        groups = params if params and isinstance(params[0], dict) else [{'params': params}]
+        split = []
+        for group in groups:
+            members = list(group['params'])
+            others = [p for p in members if id(p) not in ranges]
+            own = [p for p in members if id(p) in ranges and p.requires_grad]
+            if others:
+                split.append({**group, 'params': others})
+            if own:
+                split.append({**group, 'params': own, 'lr': group.get('lr', lr) * self.options.range_lr})
+        return split
+
+    def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer, feature_scale: float) -> Training:
+        """Make ``optimizer`` train ``net`` as the method says.
+
+        Args:
+            net: The bare quantized network, calibrated.
+            optimizer: Its optimizer, built from :meth:`parameter_groups`.
+            feature_scale: c as calibration measured it, or as ``quant.feature_scale`` fixes it.
+        """
+        return Training(net, optimizer)
+
+
+class Training:
+    """The state of a running training: hooks on the optimizer, and figures for the log."""
+
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.net = net
+        optimizer.register_step_post_hook(self._after_step)
+        self._ranges = [q for q in quantizers(net).values() if isinstance(q, RelativeRange)]
+
+    def _after_step(self, *_: object) -> None:
+        for q in self._ranges:
+            q.clamp_range()
+
+    def log(self) -> dict[str, float]:
+        """Figures of the last step for the host's log."""
+        inputs = [layer.input_quantizer for layer in quant_layers(self.net).values()]
+        bits = [q.num_bits for q in inputs if isinstance(q, Quantizer)]
+        return {'bits': sum(bits) / len(bits)} if bits else {}
+
+
+def settings_of(method: str, **settings: Any) -> dict[str, Any]:
+    """Plain settings of a plan: the method's defaults, with ``settings`` over them."""
+    cls = METHODS[method]
+    options = read(cls.Options, settings.pop('options', None), f'quant.{method}')
+    plain: dict[str, Any] = {
+        'zero_point': cls.default_zero_point,
+        'w_granularity': 'tensor',
+        'reference_compat': False,
+        'options': dataclasses.asdict(options),
+    }
+    plain.update({k: v for k, v in settings.items() if v is not None})
+    return plain
+
+
+def method_of(plan: Plan) -> Method:
+    """The method that a plan names, with the plan's settings."""
+    return METHODS[plan.method](plan.settings)
+
+
+def quantize(net: nn.Module, plan: Plan) -> nn.Module:
+    """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``."""
+    method = method_of(plan)
+    return apply_plan(net, plan, method.make_input, method.make_weight)

@@ -1,0 +1,174 @@
+"""Combining the gradients of two losses: reconstruction, and a regularizer on the quantized activations (ODM).
+
+Pure functions first; :class:`CooperativeTraining` hangs them onto a network and its optimizer, whatever the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..network.surgery import quant_layers
+from ..quantizers import Quantizer, RelativeRange
+from .base import Training
+
+_EPS = 1e-12
+
+
+def mismatch(x: Tensor, q: Tensor, detach_target: bool = True) -> Tensor:
+    """ODM's mismatch ||x - q||_2 of one layer: a norm over the whole batch tensor, not squared and not averaged.
+
+    The grid values q are a constant target (our reading: with plain straight-through gradients d(x - q)/dx is zero
+    inside the range, and nothing would pull values onto the grid). ``detach_target=False`` is the other reading.
+    """
+    target = q.detach() if detach_target else q
+    return ((x.float() - target.float()).square().sum() + _EPS).sqrt()
+
+
+def deviation(x: Tensor) -> Tensor:
+    """ODM-v1's regularizer of one layer: the standard deviation of its input over all values."""
+    return (x.float().var(unbiased=False) + _EPS).sqrt()
+
+
+def cooperation(
+    first: Sequence[Tensor], second: Sequence[Tensor], granularity: str, gate: str = 'cosine'
+) -> tuple[list[Tensor], Tensor]:
+    """How far each gradient of ``second`` goes the way of ``first``: sim = (cos + 1) / 2 in [0, 1].
+
+    Args:
+        first, second: Gradients of the two losses, tensor by tensor.
+        granularity: What cos is taken over: each ``element`` (where it is the sign gate of ODM-v1: 1 for equal signs,
+            0 for opposite ones), each parameter ``tensor``, or the whole network (``global``).
+        gate: ``cosine``; ``sign`` is the same as granularity ``element``; ``none`` gives 1 everywhere, the naive sum.
+
+    Returns:
+        sim for each tensor (0-dim, or of the tensor's shape for ``element``), and the mean cosine weighted by
+        elements (0-dim), for the log.
+    """
+    if not first:
+        return [], torch.tensor(0.0)
+    size = sum(g.numel() for g in first)
+    if gate == 'sign' or granularity == 'element':
+        signs = [torch.sign(a) * torch.sign(b) for a, b in zip(first, second)]
+        mean = torch.stack([s.sum() for s in signs]).sum() / size
+        sims = [(s + 1) / 2 for s in signs]
+    elif granularity == 'global':
+        mean = _cosine(
+            torch.stack([_dot(a, b) for a, b in zip(first, second)]).sum(),
+            torch.stack([_dot(a, a) for a in first]).sum(),
+            torch.stack([_dot(b, b) for b in second]).sum(),
+        )
+        sims = [(mean + 1) / 2] * len(first)
+    else:
+        cosines = [_cosine(_dot(a, b), _dot(a, a), _dot(b, b)) for a, b in zip(first, second)]
+        mean = torch.stack([c * a.numel() for c, a in zip(cosines, first)]).sum() / size
+        sims = [(c + 1) / 2 for c in cosines]
+    if gate == 'none':
+        sims = [torch.ones_like(s) for s in sims]
+    return sims, mean
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten().float(), b.flatten().float())
+
+
+def _cosine(ab: Tensor, aa: Tensor, bb: Tensor) -> Tensor:
+    return ab / (aa * bb).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class CooperativeTraining(Training):
+    """Adds lambda sim(g_R, g_M) g_M to the reconstruction gradient g_R before each optimizer step.
+
+    The host stays as it is: after each forward pass in training the regularizer's gradient is taken on the spot (the
+    graph is kept for the host's own loss), and a hook before ``optimizer.step()`` combines the two. That way the host's
+    losses, its distributed wrapper (g_R arrives averaged) and a gradient scaler (g_R arrives unscaled) need no word of
+    their own; g_M is averaged over the ranks here. Over several passes per step (gradient accumulation) g_M is the
+    mean over the passes.
+
+    Args:
+        net: The bare quantized network (not its distributed wrapper).
+        optimizer: The optimizer that steps it.
+        term: Regularizer of one layer, a function of the quantizer's input and output.
+        weight: lambda in the units of the host's loss and the network's features.
+        granularity, gate: See :func:`cooperation`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        term: Callable[[Tensor, Tensor], Tensor],
+        weight: float,
+        granularity: str,
+        gate: str,
+    ) -> None:
+        super().__init__(net, optimizer)
+        self.term, self.weight, self.granularity, self.gate = term, weight, granularity, gate
+        ranges = {id(p) for q in net.modules() if isinstance(q, RelativeRange) for p in q.range_parameters()}
+        # The formula updates the network's parameters; ranges learn from the reconstruction alone.
+        self._params = [p for p in net.parameters() if p.requires_grad and id(p) not in ranges]
+        self._terms: list[Tensor] = []
+        self._gradients: list[Tensor] | None = None
+        self._passes = 0
+        self._figures: dict[str, Tensor] = {}
+        for layer in quant_layers(net).values():
+            if isinstance(layer.input_quantizer, Quantizer):
+                layer.input_quantizer.register_forward_hook(self._collect)
+        net.register_forward_hook(self._differentiate)
+        optimizer.register_step_pre_hook(self._combine)
+
+    def _collect(self, quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.net.training and torch.is_grad_enabled() and inputs[0].requires_grad:
+            self._terms.append(self.term(inputs[0], output))
+
+    def _differentiate(self, *_: object) -> None:
+        terms, self._terms = self._terms, []
+        if not terms:
+            return
+        loss = torch.stack(terms).sum()
+        found = torch.autograd.grad(loss, self._params, retain_graph=True, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self._params)]
+        if self._gradients is not None:
+            gradients = [a + b for a, b in zip(self._gradients, gradients)]
+        self._gradients = gradients
+        self._passes += 1
+        self._figures['l_regularizer'] = loss.detach() * self.weight
+
+    @torch.no_grad()
+    def _combine(self, *_: object) -> None:
+        gradients, passes = self._gradients, self._passes
+        self._gradients, self._passes = None, 0
+        if gradients is None:
+            return
+        gradients = [g / passes for g in gradients] if passes > 1 else gradients
+        _average_over_ranks(gradients)
+        pairs = [(p.grad, g) for p, g in zip(self._params, gradients) if p.grad is not None]
+        first, second = [a for a, _ in pairs if a is not None], [b for _, b in pairs]
+        sims, cosine = cooperation(first, second, self.granularity, self.gate)
+        size = torch.stack([_dot(g, g) for g in first]).sum().sqrt() if first else torch.tensor(0.0)
+        added = torch.tensor(0.0, device=size.device)
+        for grad, other, sim in zip(first, second, sims):
+            step = other.mul_(sim).mul_(self.weight)
+            added += _dot(step, step)
+            grad.add_(step.to(grad.dtype))
+        tiny = torch.finfo(torch.float32).tiny
+        self._figures.update(cosine=cosine, ratio=added.sqrt() / size.clamp(min=tiny))
+
+    def log(self) -> dict[str, float]:
+        """Adds: ``l_regularizer`` (lambda L_M), ``cosine`` (mean), ``ratio`` (|lambda sim g_M| / |g_R|)."""
+        return {**{k: float(v) for k, v in self._figures.items()}, **super().log()}
+
+
+def _average_over_ranks(gradients: list[Tensor]) -> None:
+    if not (dist.is_available() and dist.is_initialized()) or not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    offset = 0
+    for g in gradients:
+        g.copy_(flat[offset : offset + g.numel()].view_as(g))
+        offset += g.numel()

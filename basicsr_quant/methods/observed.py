@@ -1,0 +1,83 @@
+"""Ranges from observers alone: min-max, percentile, MSE. For calibration, and as baselines of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..network.plan import LayerPlan
+from ..quantizers import LearnedRange, Quantizer, SymmetricRange
+from ..schema import option
+from .base import METHODS, Method, RangeOptions
+
+
+@dataclass(frozen=True)
+class MinMaxOptions(RangeOptions):
+    """``ema`` takes a moving average of the batches' extremes (decay 0.9, AdaBM) instead of the extremes of all.
+
+    Args:
+        learn: Train the ranges too (``basicsr train``); by default they stay as calibrated and only the network's
+            weights adapt to them.
+    """
+
+    init: str = option('minmax', choices=('minmax', 'ema_minmax'))
+    learn: bool = option(False)
+
+
+@dataclass(frozen=True)
+class PercentileOptions(RangeOptions):
+    """The (100 - p)-th and p-th percentile, averaged over batches. ``learn`` as in :class:`MinMaxOptions`."""
+
+    init: str = option('percentile', choices=('percentile',))
+    learn: bool = option(False)
+
+
+@dataclass(frozen=True)
+class MSEOptions(RangeOptions):
+    """The range with the least squared reconstruction error. ``learn`` as in :class:`MinMaxOptions`."""
+
+    init: str = option('mse', choices=('mse',))
+    learn: bool = option(False)
+
+
+class ObservedRanges(Method):
+    """Asymmetric activation ranges [l, u] and symmetric weight ranges [-u, u] from an observer.
+
+    Default grid: integer zero point for activations, 2^b - 1 levels with zero for weights: what integer engines
+    compute. With ``zero_point: float`` activations use the papers' grid [l, u] and weights 2^b levels.
+    """
+
+    default_zero_point = 'integer'
+
+    def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
+        return LearnedRange(layer.a_bits, learn=self.options.learn, zero_point=self.zero_point)
+
+    def make_weight(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
+        # With two bits a narrow range has three levels only; the papers' mid-rise grid keeps all four.
+        narrow = self.zero_point == 'integer'
+        return SymmetricRange(layer.w_bits, self.range_shape(module), learn=self.options.learn, narrow_range=narrow)
+
+
+@METHODS.register('minmax')
+class MinMax(ObservedRanges):
+    """The extremes that calibration saw."""
+
+    name = 'minmax'
+    Options = MinMaxOptions
+
+
+@METHODS.register('percentile')
+class Percentile(ObservedRanges):
+    """Percentiles that calibration saw."""
+
+    name = 'percentile'
+    Options = PercentileOptions
+
+
+@METHODS.register('mse')
+class MSE(ObservedRanges):
+    """Least squared reconstruction error (OMSE)."""
+
+    name = 'mse'
+    Options = MSEOptions

@@ -1,0 +1,108 @@
+"""Looking at the FP32 network's activations: an explicit pass, never part of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import Observer, Quantizer
+from .surgery import floating_point, quant_layers
+
+REFERENCE_STD = 4.85
+"""Median standard deviation of the body's inputs in an EDSR whose features live in 0-255: the unit of feature scale.
+
+Set so that EDSR-b8f64_x2 measures c = 1 / 127.5: its median is 0.0380, and folding it for img_range 255 instead of 2
+would make its features 127.5 times as large by construction."""
+
+
+@dataclass
+class Observations:
+    """What calibration saw.
+
+    Attributes:
+        observers: By name of the quantized layer, the observer of its input.
+        stds: By name of the layer, the mean over batches of its input's standard deviation.
+        feature_scale: c, the network's feature scale relative to a 0-255 one: the median of ``stds`` over
+            :data:`REFERENCE_STD`. 1.0 for a network without quantized inputs.
+        images: Number of images seen.
+    """
+
+    observers: dict[str, Observer] = field(default_factory=dict)
+    stds: dict[str, float] = field(default_factory=dict)
+    feature_scale: float = 1.0
+    images: int = 0
+
+
+@torch.no_grad()
+def observe(
+    net: nn.Module,
+    batches: Iterable[Tensor],
+    make_observer: Callable[[str, Quantizer], Observer],
+    also: Callable[[str, Tensor], None] | None = None,
+) -> Observations:
+    """Run ``batches`` through the FP32 network and observe the input of every quantized layer.
+
+    The network is in eval mode meanwhile, its quantizers are off, and its mode is put back.
+
+    Args:
+        net: A network after :func:`apply_plan`.
+        batches: Inputs of shape (N, C, H, W), in the network's own pixel range; taken one after another.
+        make_observer: Builds the observer of a layer, given the layer's name and its input quantizer.
+        also: Called with name and input of each layer, for statistics that a method adds.
+    """
+    seen = Observations()
+    totals: dict[str, list[float]] = {}
+    handles = []
+    for name, layer in quant_layers(net).items():
+        if not isinstance(layer.input_quantizer, Quantizer):
+            continue
+        observer = make_observer(name, layer.input_quantizer)
+        seen.observers[name] = observer
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name, observer: Observer = observer) -> None:
+            observer.update(inputs[0])
+            totals.setdefault(name, []).append(float(inputs[0].float().std(unbiased=False)))
+            if also is not None:
+                also(name, inputs[0])
+
+        handles.append(layer.input_quantizer.register_forward_pre_hook(hook))
+    device = next((p.device for p in net.parameters()), torch.device('cpu'))
+    training = net.training
+    net.eval()
+    try:
+        with floating_point(net):
+            for batch in batches:
+                net(batch.to(device))
+                seen.images += batch.shape[0]
+    finally:
+        net.train(training)
+        for handle in handles:
+            handle.remove()
+    seen.stds = {name: sum(values) / len(values) for name, values in totals.items()}
+    seen.feature_scale = feature_scale(list(seen.stds.values()))
+    return seen
+
+
+def feature_scale(stds: list[float]) -> float:
+    """The feature scale c of a network from the standard deviations of its quantized layers' inputs."""
+    positive = [s for s in stds if s > 0]
+    return float(torch.tensor(positive).median()) / REFERENCE_STD if positive else 1.0
+
+
+def regularizer_weight(published: float, scale: float, loss_range: float = 1.0) -> float:
+    """Convert a loss weight that the papers give for features and losses in 0-255: lambda / (255 c).
+
+    A feature term (ODM's mismatch) grows with the feature scale c, the reconstruction loss with its pixel range.
+
+    Args:
+        published: lambda of the paper.
+        scale: Feature scale c of the network, see :class:`Observations`.
+        loss_range: Pixel range of the reconstruction loss, 1 in BasicSR and MMagic, 255 in EDSR-PyTorch.
+
+    >>> round(regularizer_weight(1e-5, scale=1.0, loss_range=255.0), 9)
+    1e-05
+    """
+    return published * loss_range / (255.0 * scale)

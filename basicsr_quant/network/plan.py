@@ -1,0 +1,73 @@
+"""The plan: which layer is quantized, to how many bits, and why. Plain data, made before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+FLOAT_BITS = 32
+"""The number of bits that stands for floating point, in option files, plans and BitOPs."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer.
+
+    Args:
+        layer: Name of the module in the network, as in ``network.named_modules()``.
+        type: Class name of the module, e.g. ``Conv2d``.
+        w_bits: Bits of the weight; 32 stands for floating point.
+        a_bits: Bits of the layer's input activation; 32 stands for floating point.
+        why: The reason, in a few words: ``body``, ``first layer``, ``layers: 'conv_*'`` ...
+        rectified: True if the input follows a ReLU, as read from the network's structure (never from data).
+    """
+
+    layer: str
+    type: str
+    w_bits: int = FLOAT_BITS
+    a_bits: int = FLOAT_BITS
+    why: str = ''
+    rectified: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.w_bits < FLOAT_BITS or self.a_bits < FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a whole network: its layers in the order in which the network registers them.
+
+    ``settings`` holds, as plain data, everything else that the quantizers depend on (method, zero point,
+    granularity, method options), so that a checkpoint can be rebuilt and compared without its option file.
+    """
+
+    method: str
+    layers: tuple[LayerPlan, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:  # the host prints whole option dictionaries
+        return f'<plan: {self.method}, {len(self.quantized)} of {len(self)} layers quantized>'
+
+    @property
+    def quantized(self) -> tuple[LayerPlan, ...]:
+        """The layers with a quantized weight or input."""
+        return tuple(layer for layer in self.layers if layer.is_quantized)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return dictionaries, lists, strings and numbers only: what a checkpoint or a JSON file can hold."""
+        return {'method': self.method, 'layers': [asdict(layer) for layer in self.layers], 'settings': self.settings}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Plan:
+        """Rebuild a plan from :meth:`to_plain`; keys added by a newer version are ignored."""
+        known = {f.name for f in fields(LayerPlan)}
+        layers = tuple(LayerPlan(**{k: v for k, v in layer.items() if k in known}) for layer in plain['layers'])
+        return cls(method=plain['method'], layers=layers, settings=dict(plain.get('settings', {})))

@@ -1,0 +1,111 @@
+"""Making the plan: scope, then name globs, first match wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Optional
+
+from torch import nn
+
+from ..errors import QuantError, nearest
+from ..nn import QUANTIZED_TWINS
+from .plan import FLOAT_BITS, LayerPlan, Plan
+from .scope import body_layers, weight_layers
+
+_END_BITS = 8
+"""Bits of the first and last layer under ``scope: all``."""
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What an entry of ``quant.layers`` says: bits for weight and input, or floating point (both 32)."""
+
+    w_bits: Optional[int] = None
+    a_bits: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Everything that decides a plan, checked and without raw options.
+
+    Args:
+        method: Name of the method.
+        w_bits, a_bits: Base bits; 32 is floating point.
+        scope: ``body`` or ``all``.
+        layers: Glob over layer names -> rule; first match wins over ``scope``.
+        settings: Goes into :attr:`Plan.settings` as it is.
+    """
+
+    method: str
+    w_bits: int
+    a_bits: int
+    scope: str = 'body'
+    layers: Mapping[str, LayerRule] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_plan(net: nn.Module, request: PlanRequest, rectified: frozenset[str] = frozenset()) -> Plan:
+    """Decide for each convolution and linear layer of ``net`` what happens to it, and why.
+
+    Args:
+        net: The FP32 network; it is not changed.
+        request: Bits, scope and globs.
+        rectified: Names of layers whose input follows a ReLU, from :func:`basicsr_quant.network.trace.trace`.
+
+    Raises:
+        QuantError: if a glob of ``layers`` matches no layer, or nothing is left to quantize.
+    """
+    layers = weight_layers(net)
+    _refuse_idle_globs(request.layers, list(layers))
+    body = body_layers(net)
+    ends = {0: 'first layer', len(layers) - 1: 'last layer'}
+    planned = []
+    for index, (name, module) in enumerate(layers.items()):
+        w_bits, a_bits, why = _decide(name, index, request, body, ends)
+        if (w_bits, a_bits) != (FLOAT_BITS, FLOAT_BITS) and type(module) not in QUANTIZED_TWINS:
+            kinds = ' and '.join(kind.__name__ for kind in QUANTIZED_TWINS)
+            w_bits = a_bits = FLOAT_BITS
+            why = f'a {type(module).__name__} stays in floating point; quantized are {kinds}'
+        planned.append(
+            LayerPlan(
+                layer=name,
+                type=type(module).__name__,
+                w_bits=w_bits,
+                a_bits=a_bits,
+                why=why,
+                rectified=name in rectified,
+            )
+        )
+    return Plan(method=request.method, layers=tuple(planned), settings=dict(request.settings))
+
+
+def _decide(
+    name: str, index: int, request: PlanRequest, body: set[str], ends: Mapping[int, str]
+) -> tuple[int, int, str]:
+    if request.method == 'none':
+        return FLOAT_BITS, FLOAT_BITS, 'method: none'
+    for glob, rule in request.layers.items():
+        if fnmatchcase(name, glob):
+            w_bits = request.w_bits if rule.w_bits is None else rule.w_bits
+            a_bits = request.a_bits if rule.a_bits is None else rule.a_bits
+            return w_bits, a_bits, f"layers: '{glob}'"
+    if name in body and (request.scope == 'body' or index not in ends):
+        return request.w_bits, request.a_bits, 'body'
+    if request.scope == 'body':
+        return FLOAT_BITS, FLOAT_BITS, 'outside the body (scope: body)'
+    if index in ends:
+        bits = [_END_BITS if b < FLOAT_BITS else FLOAT_BITS for b in (request.w_bits, request.a_bits)]
+        return bits[0], bits[1], ends[index]
+    return request.w_bits, request.a_bits, 'scope: all'
+
+
+def _refuse_idle_globs(globs: Mapping[str, LayerRule], names: list[str]) -> None:
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            some = ', '.join(names[:4])
+            raise QuantError(
+                f"quant.layers: '{glob}' matches no layer{nearest(glob, names)}; "
+                f'the network has {len(names)} layers: {some} ... {names[-1]}'
+            )

@@ -1,0 +1,95 @@
+"""Applying a plan to a network: modules are replaced, the architecture is not touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..errors import QuantError
+from ..nn import QUANTIZED_TWINS, QuantLayer
+from ..quantizers import QuantContext, Quantizer
+from .plan import FLOAT_BITS, LayerPlan, Plan
+
+QuantizerFactory = Callable[[LayerPlan, nn.Module], Quantizer]
+
+
+def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_weight: QuantizerFactory) -> nn.Module:
+    """Replace the planned layers of ``net`` in place by quantized ones and return it.
+
+    Names and values of the FP32 tensors stay; layers in floating point stay the objects they were. The network
+    becomes the owner of a :class:`QuantContext`, begun by a hook at each forward pass.
+
+    Args:
+        net: The network; still of its own class afterwards.
+        plan: From :func:`make_plan` or a checkpoint.
+        make_input, make_weight: Build the quantizer of a layer's input and weight.
+
+    Raises:
+        QuantError: if the plan names a layer that the network lacks, or one of another type.
+    """
+    modules = dict(net.named_modules(remove_duplicate=False))
+    _check_fits(plan, modules)
+    context = QuantContext()
+    twins: dict[int, QuantLayer] = {}
+    for layer in plan.quantized:
+        module = modules[layer.layer]
+        twin = QUANTIZED_TWINS[type(module)].from_float(module)
+        for bits, attribute, make in (
+            (layer.a_bits, 'input_quantizer', make_input),
+            (layer.w_bits, 'weight_quantizer', make_weight),
+        ):
+            if bits < FLOAT_BITS:
+                quantizer = make(layer, module)
+                quantizer.context = context
+                setattr(twin, attribute, quantizer.to(next(module.parameters()).device))
+        twins[id(module)] = twin
+    for name, module in modules.items():  # every place where a shared module stands
+        if id(module) in twins:
+            parent, _, child = name.rpartition('.')
+            setattr(modules[parent], child, twins[id(module)])
+    net._quant_context = context  # type: ignore[assignment]
+    net.register_forward_pre_hook(begin_pass)
+    return net
+
+
+def begin_pass(net: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook of the root network."""
+    if inputs:
+        net._quant_context.begin(inputs[0])  # type: ignore[union-attr]
+
+
+def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers of ``net`` by name."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, QuantLayer)}
+
+
+def quantizers(net: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers of ``net`` by name, e.g. ``body.0.conv1.input_quantizer``."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, Quantizer)}
+
+
+@contextmanager
+def floating_point(net: nn.Module) -> Iterator[None]:
+    """Within it the network computes what its FP32 original does."""
+    found = list(quantizers(net).values())
+    before = [q.enabled for q in found]
+    for q in found:
+        q.enabled = False
+    try:
+        yield
+    finally:
+        for q, enabled in zip(found, before):
+            q.enabled = enabled
+
+
+def _check_fits(plan: Plan, modules: dict[str, nn.Module]) -> None:
+    for layer in plan.quantized:
+        module = modules.get(layer.layer)
+        if module is None:
+            raise QuantError(f"the plan quantizes layer '{layer.layer}', which this network does not have")
+        if type(module).__name__ != layer.type:
+            raise QuantError(
+                f"the plan has layer '{layer.layer}' as a {layer.type}, in this network it is a {type(module).__name__}"
+            )

@@ -1,0 +1,207 @@
+"""The one fake-quantize function that every method of this package stands on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+Bits = Union[int, float, Tensor]
+
+_LN2 = math.log(2.0)
+
+
+def num_steps(bits: Bits, narrow_range: bool = False) -> float | Tensor:
+    """Return the number of steps n between the lowest and the highest code: 2^b - 1, or 2^b - 2 in narrow range.
+
+    >>> num_steps(4), num_steps(4, narrow_range=True)
+    (15.0, 14.0)
+    """
+    levels = torch.exp2(bits) if isinstance(bits, Tensor) else 2.0**bits
+    return levels - (2 if narrow_range else 1)
+
+
+def align_zero_point(lower: Tensor, upper: Tensor, bits: Bits, narrow_range: bool = False) -> tuple[Tensor, Tensor]:
+    """Shift a range by less than half a step so that real zero becomes one of its codes.
+
+    With s = (u - l) / n and z = clamp(round(-l / s), 0, n) the aligned range is [-z s, (n - z) s]: what an integer
+    engine with scale s and zero point z computes. A range that does not hold zero is first widened to hold it.
+    Gradients treat the rounding as a constant offset (straight-through).
+
+    Args:
+        lower, upper: Bounds l < u, any shapes that broadcast.
+        bits: Number of bits b, a number or a tensor that broadcasts.
+        narrow_range: Use n = 2^b - 2 steps instead of 2^b - 1.
+    """
+    lower, upper = lower.clamp(max=0.0), upper.clamp(min=0.0)
+    n = num_steps(bits, narrow_range)
+    step = _width(lower, upper) / n
+    exact = -lower / step
+    shift = (exact.round() - exact).detach() * step
+    return lower - shift, upper - shift
+
+
+def fake_quantize(
+    x: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    bits: Bits,
+    *,
+    zero_point: str = 'float',
+    narrow_range: bool = False,
+) -> Tensor:
+    r"""Round ``x`` to a uniform grid of 2^bits levels on [lower, upper], with straight-through gradients.
+
+    With n = 2^b - 1, s = (u - l) / n, v = (clip(x, l, u) - l) / s and r = round(v) (half to even):
+    q = r s + l. This is the asymmetric range quantizer of ODM and AdaBM; ``lower = -upper`` with ``narrow_range``
+    (n = 2^b - 2) is the symmetric quantizer of PAMS and CADyQ, ``[-Q_N s, Q_P s]`` is LSQ.
+
+    Gradients, closed form (identity through the rounding; the tests compare them with finite differences):
+
+    =====  ==============================  =====  =====
+    ..     l <= x <= u                     x > u  x < l
+    =====  ==============================  =====  =====
+    dq/dx  1                               0      0
+    dq/du  (r - v) / n                     1      0
+    dq/dl  (v - r) / n                     0      1
+    dq/db  (u - l) (v - r) 2^b ln 2 / n^2  0      0
+    =====  ==============================  =====  =====
+
+    Args:
+        x: Tensor of any shape and floating dtype. Half precision is computed in float32 and returned as given.
+        lower, upper: Bounds that broadcast against ``x``: one value, (C,1,1,1) per channel, (N,1,1,1) per sample.
+            A range of no width sends everything to ``lower``; the result is finite in every case.
+        bits: Number of bits b > 0: a number, or a floating tensor that broadcasts and may want a gradient.
+        zero_point: ``float`` is the papers' grid, which need not hold zero. ``integer`` first applies
+            :func:`align_zero_point`, so that zero is a code and an integer engine can compute the same values.
+        narrow_range: Leave out one level: n = 2^b - 2.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: if ``zero_point`` is neither ``float`` nor ``integer``.
+
+    >>> fake_quantize(torch.tensor([-1.0, 0.1, 0.6, 9.0]), torch.tensor(0.0), torch.tensor(3.0), 2)
+    tensor([0., 0., 1., 3.])
+    """
+    if zero_point not in ('float', 'integer'):
+        raise ValueError(f"zero_point must be 'float' or 'integer', not {zero_point!r}")
+    dtype = _compute_dtype(x)
+    lower, upper = lower.to(dtype), upper.to(dtype)
+    if zero_point == 'integer':
+        lower, upper = align_zero_point(lower, upper, bits, narrow_range)
+    return _FakeQuantize.apply(x, lower, upper, bits, narrow_range, zero_point == 'integer')
+
+
+def _width(lower: Tensor, upper: Tensor) -> Tensor:
+    """u - l, kept above zero: a collapsed range must not divide by zero."""
+    floor = torch.maximum(lower.abs(), upper.abs()).detach() * 1e-7 + 1e-30
+    return torch.maximum(upper - lower, floor)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64: codes of up to 8 bits do not survive arithmetic in half precision."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _sum_to(grad: Tensor, like: Tensor) -> Tensor:
+    return grad.sum_to_size(like.shape) if like.dim() else grad.sum()
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """q and its gradients. One range on the CPU takes a path with scalar bounds and few passes over memory; every
+    other case takes the plain one, which is the reference. They agree up to the rounding of float32 sums (tested)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lower: Tensor, upper: Tensor, bits: Bits, narrow: bool, integer: bool) -> Tensor:
+        n = num_steps(bits, narrow)
+        ctx.narrow = narrow
+        ctx.scalar = _is_scalar_case(x, lower, upper, bits)
+        width = _width(lower, upper)
+        step = width / n
+        offset = -lower / step
+        whole = offset.round()
+        if ctx.scalar:
+            q = _quantize_scalar(x, float(step), float(whole), 0.0 if integer else float(offset - whole), float(n))
+        else:
+            q = _quantize(x, step, whole, None if integer else offset - whole, n)
+        bits_tensor = bits if isinstance(bits, Tensor) else None
+        ctx.bits = None if bits_tensor is not None else bits
+        ctx.save_for_backward(x, q, lower, upper, bits_tensor)
+        return q
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, q, lower, upper, bits_tensor = ctx.saved_tensors
+        need_x, need_lower, need_upper, need_bits = ctx.needs_input_grad[:4]
+        if ctx.scalar:
+            gx, gl, gu = _gradients_scalar(grad, x, q, lower, upper, need_lower or need_upper)
+            return gx, gl, gu, None, None, None
+        dtype = lower.dtype
+        x, q, grad_f = x.to(dtype), q.to(dtype), grad.to(dtype)
+        above, below = x > upper, x < lower
+        inside = grad_f.masked_fill(above | below, 0.0)
+        gl = gu = gb = None
+        if need_lower or need_upper:
+            rounding = inside * (q - x) / _width(lower, upper)
+            gu = _sum_to(rounding + grad_f * above, upper)
+            gl = _sum_to(grad_f * below - rounding, lower)
+        if need_bits:
+            levels = torch.exp2(bits_tensor)
+            n = levels - (2 if ctx.narrow else 1)
+            gb = _sum_to(inside * (x - q) * (levels * _LN2 / n), bits_tensor)
+        return (inside.to(grad.dtype) if need_x else None), gl, gu, gb, None, None
+
+
+def _quantize(x: Tensor, step: Tensor, whole: Tensor, fraction: Tensor | None, n: float | Tensor) -> Tensor:
+    # The zero point is split into a whole and a fractional part: with an integer zero point the fraction is absent,
+    # zero maps to exactly zero, and the codes are those of an integer engine, round(x / s) + z.
+    code = x.to(step.dtype) / step
+    if fraction is not None:
+        code = code + fraction
+    code = torch.minimum(torch.maximum(code.round(), -whole), n - whole)
+    if fraction is not None:
+        code = code - fraction
+    return (code * step).to(x.dtype)
+
+
+def _is_scalar_case(x: Tensor, lower: Tensor, upper: Tensor, bits: Bits) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == 'cpu'
+        and x.dtype == torch.float32
+        and lower.numel() == 1
+        and upper.numel() == 1
+        and not isinstance(bits, Tensor)
+    )
+
+
+def _quantize_scalar(x: Tensor, step: float, whole: float, fraction: float, n: float) -> Tensor:
+    # add() with alpha multiplies and adds in one pass; division stays where an engine's codes must be met exactly.
+    code = torch.add(x.new_tensor(fraction), x, alpha=1.0 / step) if fraction else x / step
+    code.round_().clamp_(-whole, n - whole)
+    return torch.add(x.new_tensor(-fraction * step), code, alpha=step) if fraction else code.mul_(step)
+
+
+def _gradients_scalar(
+    grad: Tensor, x: Tensor, q: Tensor, lower: Tensor, upper: Tensor, need_range: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    # hardtanh's backward masks in one pass, but leaves out the bounds themselves; one float beyond them keeps them in.
+    infinity = torch.tensor(math.inf)
+    low, high = float(lower), float(upper)
+    inside = torch.ops.aten.hardtanh_backward(
+        grad, x, float(torch.nextafter(lower.detach(), -infinity)), float(torch.nextafter(upper.detach(), infinity))
+    )
+    if not need_range:
+        return inside, None, None
+    width = float(_width(lower, upper))
+    outside = grad - inside
+    total = outside.sum()
+    # Outside, q is one of the two bounds (A share at u, B share at l): A + B and A u + B l give both by two
+    # reductions and no mask.
+    above = (torch.dot(outside.reshape(-1), q.reshape(-1)) - low * total) / (high - low or width)
+    rounding = torch.dot(inside.reshape(-1), (q - x).reshape(-1)) / width
+    return inside, (total - above - rounding).reshape(lower.shape), (above + rounding).reshape(upper.shape)
