@@ -1,0 +1,79 @@
+"""The option files that ship: what they name fits together and every ``quant:`` block is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from basicsr_quant.config import read_config
+
+FOLDER = Path(__file__).parents[1] / 'options'
+FILES = sorted(FOLDER.glob('*.yml'))
+
+
+def read(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text())
+
+
+def named(files: list[Path]) -> Any:
+    return pytest.mark.parametrize('file', files, ids=lambda f: f.stem)
+
+
+def test_there_is_a_file_for_every_method_and_width():
+    stems = {f.stem for f in FILES}
+    odm = {f'EDSR_x{scale}_W{bits}A{bits}_ODM' for scale in (2, 4) for bits in (2, 3, 4)}
+    baselines = {f'EDSR_x4_W4A4_{m}' for m in ('ODMv1', 'PAMS', 'LSQ', 'MinMax', 'Percentile', 'MSE')}
+    assert odm | baselines | {'EDSR_x4_W8A8_PAMS', 'EDSR_x4_FP32', 'EDSR_x2_FP32'} <= stems
+
+
+@named(FILES)
+def test_name_scale_and_network_agree(file):
+    opt = read(file)
+    scale = opt['scale']
+    assert opt['name'] == file.stem and f'_x{scale}_' in file.stem
+    assert opt['network_g']['upscale'] == scale
+    assert {m['crop_border'] for m in opt['val']['metrics'].values()} == {scale}
+    for data in opt['datasets'].values():
+        assert f'X{scale}' in data['dataroot_lq'], 'LR images of another scale'
+
+
+@named([f for f in FILES if '_FP32' not in f.stem])
+def test_quant_block_is_accepted_and_is_what_the_name_says(file):
+    config = read_config(read(file)['quant'])
+    _, bits, method = file.stem.rsplit('_', 2)
+    assert bits == f'W{config.w_bits}A{config.a_bits}'
+    assert method.lower() == config.method.replace('_', '')
+
+
+@named([f for f in FILES if f.stem.startswith('EDSR')])
+def test_papers_schedule(file):
+    opt = read(file)
+    train = opt['train']
+    assert train['optim_g']['lr'] == 1e-4 and train['pixel_opt']['type'] == 'L1Loss'
+    if 'FP32' not in file.stem:
+        assert train['total_iter'] == 60000 and train['scheduler']['milestones'] == [15000, 30000, 45000]
+        assert opt['datasets']['train']['batch_size_per_gpu'] == 8
+
+
+@named([f for f in FILES if f.stem.startswith('EDSR')])
+def test_data_lie_where_the_preparing_tool_puts_them(file):
+    opt = read(file)
+    train, scale = opt['datasets']['train'], opt['scale']
+    assert train['dataroot_gt'] == 'datasets/DIV2K/DIV2K_train_HR_sub.lmdb'
+    assert train['dataroot_lq'] == f'datasets/DIV2K/DIV2K_train_LR_bicubic_X{scale}_sub.lmdb'
+    for key in ('val_1', 'val_2'):
+        val = opt['datasets'][key]
+        assert val['dataroot_gt'] == f'datasets/{val["name"]}/HR'
+        assert val['filename_tmpl'] == f'{{}}x{scale}'
+
+
+@named([f for f in FILES if f.stem.startswith('demo')])
+def test_demo_never_learns_from_what_it_is_measured_on(file):
+    opt = read(file)
+    seen = [opt['datasets'].get('train', {}), (opt.get('quant', {}).get('calibration') or {}).get('dataset', {})]
+    roots = {root for data in seen for key, root in data.items() if key.startswith('dataroot')}
+    assert not any('held_out' in root for root in roots)
+    assert 'held_out' in opt['datasets']['val']['dataroot_gt']
