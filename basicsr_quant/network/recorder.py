@@ -1,0 +1,161 @@
+"""What one forward pass does, written down while it runs: who was called, with which shapes, at how many MACs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop
+
+from ..quantizers.quantizer import Quantizer
+from .nonnegative import MOVES, NonNegativeTensors, names, operator_name
+from .scope import WEIGHT_LAYERS
+
+# The CPU kernel of attention, which torch's own table of formulas leaves out.
+_MORE_FORMULAS = {
+    getattr(torch.ops.aten, name): sdpa_flop
+    for name in ('_scaled_dot_product_flash_attention_for_cpu',)
+    if hasattr(torch.ops.aten, name)
+}
+# What fills, moves or looks at memory, beside views.
+_NO_ARITHMETIC = MOVES | names("""
+    zeros ones zeros_like ones_like new_zeros new_ones zero empty empty_like new_empty empty_strided fill full full_like
+    new_full scalar_tensor arange copy constant_pad_nd masked_fill scatter index_put unfold _unsafe_view _reshape_alias
+    as_strided native_dropout
+""")
+
+
+@dataclass
+class CallRecord:
+    """What a module did over all its calls in one pass."""
+
+    calls: int = 0
+    input_shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    macs: int = 0
+    rectified: bool = True
+
+
+@dataclass
+class _Frame:
+    """A module whose forward is running. ``ignored``: quantizers and all else that runs inside a weight layer."""
+
+    module: nn.Module
+    name: str
+    ignored: bool = False
+
+
+@dataclass
+class Recording:
+    """The result of :func:`record`; ``records`` is in the order of first calls and keyed by module name."""
+
+    records: dict[str, CallRecord] = field(default_factory=dict)
+    not_counted: dict[str, None] = field(default_factory=dict)
+    output: Any = None
+
+
+class _Recorder(TorchDispatchMode):
+    """Counts multiply-accumulates by torch's own formulas and books them on the innermost running module."""
+
+    def __init__(self, net: nn.Module, pixels: int) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self._pixels = pixels
+        self._names = {module: name for name, module in net.named_modules()}
+        self._stack: list[_Frame] = []
+        self._nonnegative = NonNegativeTensors()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parent = self._stack[-1] if self._stack else None
+        inside = parent is not None and (parent.ignored or isinstance(parent.module, WEIGHT_LAYERS))
+        ignored = inside or isinstance(module, Quantizer)
+        frame = _Frame(module, self._names[module], ignored)
+        self._stack.append(frame)
+        if not ignored:
+            record = self.recording.records.setdefault(frame.name, CallRecord())
+            given = first_tensor((args, kwargs))
+            record.calls += 1
+            record.rectified &= given is not None and given in self._nonnegative
+            record.input_shape = record.input_shape or _shape(given)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        while self._stack and self._stack.pop().module is not module:
+            pass  # a call below was left by an exception that the network caught
+        if not self._stack:
+            self.recording.output = output
+        record = self.recording.records.get(self._names[module])
+        if record is not None and not record.output_shape:
+            record.output_shape = _shape(first_tensor(output))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket) or _MORE_FORMULAS.get(func._overloadpacket)
+        if formula is None and torch.is_inference_mode_enabled():  # there composite operators arrive whole
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        self._nonnegative.observe(func, args, kwargs, out)
+        frame = self._stack[-1] if self._stack else None
+        if frame is None or frame.ignored:
+            return out
+        if formula is not None:
+            self.recording.records[frame.name].macs += formula(*args, **kwargs, out_val=out) // 2
+        elif not isinstance(frame.module, WEIGHT_LAYERS) and self._is_arithmetic(func, args, out):
+            self.recording.not_counted[_plain_name(func)] = None
+        return out
+
+    def _is_arithmetic(self, func: Any, args: Any, out: Any) -> bool:
+        """True for arithmetic on floating tensors of at least one value for each pixel of the network's input."""
+        if operator_name(func) in _NO_ARITHMETIC or func.is_view:
+            return False
+        results, given = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in (out, args))
+        is_floating = any(t.is_floating_point() for t in results)  # comparisons are not
+        return is_floating and any(t.is_floating_point() and t.numel() >= self._pixels for t in results + given)
+
+
+@contextmanager
+def _hooks(net: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    handles = []
+    try:
+        for module in net.modules():
+            handles.append(module.register_forward_pre_hook(recorder.enter, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def record(net: nn.Module, image: Tensor) -> Recording:
+    """Run ``net(image)`` once without gradients and write down what happens; hooks are gone afterwards."""
+    pixels = image[0, 0].numel() if image.dim() > 2 else image[0].numel()
+    recorder = _Recorder(net, pixels)
+    with torch.inference_mode(False), torch.no_grad(), _hooks(net, recorder), recorder:
+        net(image)
+    return recorder.recording
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """The first tensor in nested tuples, lists and dictionaries, or None."""
+    return next((leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)), None)
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...]:
+    return () if tensor is None else tuple(tensor.shape)
+
+
+def _plain_name(func: Any) -> str:
+    """``aten::_native_layer_norm`` becomes ``layer_norm``; operators of other libraries keep their full name."""
+    if not func._schema.name.startswith('aten::'):
+        return func._schema.name
+    name = re.sub('^(_|native_|safe_)+', '', operator_name(func))
+    return re.sub('(_kernel|_legit_no_training|_with_indices)$', '', name)

@@ -1,0 +1,228 @@
+"""The structure of any network: its layers in execution order, their shapes and costs. Nothing is read from data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..errors import QuantError
+from ..quantizers.quantizer import Quantizer
+from .recorder import CallRecord, Recording, first_tensor, record
+from .scope import WEIGHT_LAYERS
+
+_SIZES = (32, 64, 48, 56, 128)
+"""Sides of the dummy input, tried in this order: windows of 8 and 16 fit 32, windows of 7 fit 56."""
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One module in one forward pass.
+
+    Args:
+        name: Name in ``network.named_modules()``; empty for the network itself.
+        type: Class name.
+        calls: How often the pass called it.
+        input_shape, output_shape: Shapes of its first tensor in and out, at the first call.
+        macs: Multiply-accumulates of this module's own forward (not of its children), over all calls, batch 1.
+        rectified: True if at every call its input is the result of an operation that gives no negative values
+            (ReLU, sigmoid, softmax, abs, clamp from 0 ...), also through pooling, pixel shuffle, concatenation, sums.
+        weight_numel, weight_bytes: Size of ``weight`` as it is stored; 0 where there is none, or where an earlier
+            layer holds the same tensor.
+    """
+
+    name: str
+    type: str
+    calls: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    macs: int
+    rectified: bool
+    weight_numel: int = 0
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class NetworkTrace:
+    """What :func:`trace` found.
+
+    Args:
+        layers: Convolutions, linear layers, and other modules without children that multiply matrices, in the order
+            of their first call.
+        functional: Modules with children whose own forward multiplies matrices (attention), in the same order.
+        not_counted: Operators that do arithmetic on tensors of image size and that ``macs`` leaves out.
+        unused: Names of convolutions and linear layers that the pass never called.
+        input_shape, output_shape: Of the network, batch 1.
+        parameter_bytes: All parameters as they are stored, without those of quantizers.
+        range_bytes: Floating-point tensors of the quantizers in the network (ranges, units, gates).
+    """
+
+    layers: tuple[LayerTrace, ...]
+    functional: tuple[LayerTrace, ...]
+    not_counted: tuple[str, ...]
+    unused: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    parameter_bytes: int
+    range_bytes: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the pass: convolutions, linear layers and matrix products, batch 1."""
+        return sum(layer.macs for layer in self.layers + self.functional)
+
+    def __getitem__(self, name: str) -> LayerTrace:
+        for layer in self.layers + self.functional:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+
+def trace(net: nn.Module, input_shape: tuple[int, ...] | None = None, *, compute: bool = True) -> NetworkTrace:
+    """Run ``net`` once and report its layers; the network and torch's random state stay as they were.
+
+    The pass runs on a copy on the meta device, which computes shapes only. A network that cannot (its forward reads
+    values, or an operator has no shape function) runs in place, in evaluation mode, on its own device.
+
+    Args:
+        net: Any network with one tensor as input, quantized or not. MACs are the same before and after quantization.
+        input_shape: Shape of that tensor; the batch is set to 1. Default: image channels from the first convolution
+            and the smallest of a few square sizes that the network accepts.
+        compute: If False (for large inputs), a network that cannot run on the meta device is refused instead of run.
+
+    Raises:
+        QuantError: if the network cannot be run on such an input.
+    """
+    shapes = _default_shapes(net) if input_shape is None else [(1, *input_shape[1:])]
+    reason: Exception | None = None
+    for run in (_run_on_meta, _run_in_place) if compute else (_run_on_meta,):
+        for index, shape in enumerate(shapes):
+            try:
+                with torch.random.fork_rng(devices=_cuda_devices(net)):
+                    recording = run(net, shape)
+                return _report(net, shape, recording)
+            except Exception as error:  # anything may go wrong in a forward that was made for other inputs
+                reason = error if index == 0 else reason
+    said = ' '.join(str(reason).split())[:200]
+    tried = ', '.join('x'.join(map(str, shape)) for shape in shapes)
+    raise QuantError(
+        f'the layers of {type(net).__name__} cannot be listed, because it does not run on one input of shape {tried}: '
+        f'{type(reason).__name__}: {said}'
+    ) from reason
+
+
+def _default_shapes(net: nn.Module) -> list[tuple[int, ...]]:
+    first = next((module for module in net.modules() if isinstance(module, _ConvNd)), None)
+    if first is not None:
+        dimensions = len(first.kernel_size)
+        if dimensions == 1:
+            return [(1, first.in_channels, size) for size in _SIZES]
+        if dimensions == 3:
+            return [(1, first.in_channels, 8, size, size) for size in _SIZES]
+        # 3 and 1 channels: images that are unshuffled before the first convolution; 5 frames: short videos
+        images = [(1, c, size, size) for c in dict.fromkeys((first.in_channels, 3, 1)) for size in _SIZES]
+        return [*images, (1, 5, 3, 64, 64)]
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            return [(1, module.in_features)]
+    raise QuantError(f'{type(net).__name__} has neither a convolution nor a linear layer, so there is nothing to list')
+
+
+def _run_on_meta(net: nn.Module, shape: tuple[int, ...]) -> Recording:
+    memo: dict[int, object] = {}
+    for module in net.modules():
+        for parameter in module.parameters(recurse=False):
+            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device='meta'), parameter.requires_grad)
+        held = [v for v in vars(module).values() if isinstance(v, Tensor) and v.grad_fn is not None]
+        for tensor in [*module.buffers(recurse=False), *held]:  # ``held``: deepcopy refuses what has a history
+            memo[id(tensor)] = torch.empty_like(tensor, device='meta', requires_grad=False)
+    shapes_only = copy.deepcopy(net, memo)  # the memo stands in for every tensor: no weight is copied
+    for module in shapes_only.modules():
+        module.training = False
+    return record(shapes_only, torch.empty(shape, device='meta', dtype=_dtype(net)))
+
+
+def _run_in_place(net: nn.Module, shape: tuple[int, ...]) -> Recording:
+    device = next((parameter.device for parameter in net.parameters()), torch.device('cpu'))
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(0))  # like an image: some layers divide by std
+    with _restored(net):
+        for module in net.modules():
+            module.training = False
+        return record(net, values.to(device, _dtype(net)))
+
+
+@contextmanager
+def _restored(net: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass may change: attributes of the modules, their tables, values of their buffers."""
+    attributes = [(module, dict(vars(module))) for module in net.modules()]
+    tables = [(table, dict(table)) for _, saved in attributes for table in saved.values() if isinstance(table, dict)]
+    values = [(buffer, buffer._version, buffer.detach().clone()) for buffer in net.buffers()]
+    try:
+        yield
+    finally:
+        for current, kept in [*((vars(module), saved) for module, saved in attributes), *tables]:
+            current.clear()
+            current.update(kept)
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> NetworkTrace:
+    layers, functional, seen = [], [], set()
+    modules = dict(net.named_modules())
+    for name, calls in recording.records.items():
+        module = modules[name]
+        is_weight_layer = isinstance(module, WEIGHT_LAYERS)
+        if is_weight_layer or (calls.macs and not list(module.children())):
+            weight = getattr(module, 'weight', None)
+            fresh = isinstance(weight, Tensor) and id(weight) not in seen
+            seen.add(id(weight))
+            layers.append(_layer(name, module, calls, weight if fresh else None))
+        elif calls.macs:
+            functional.append(_layer(name, module, calls, None))
+    quantizers = [module for module in modules.values() if isinstance(module, Quantizer)]
+    ranges = {id(tensor): tensor for module in quantizers for tensor in (*module.parameters(), *module.buffers())}
+    output = first_tensor(recording.output)
+    return NetworkTrace(
+        layers=tuple(layers),
+        functional=tuple(functional),
+        not_counted=tuple(sorted(recording.not_counted)),
+        unused=tuple(n for n, m in modules.items() if isinstance(m, WEIGHT_LAYERS) and n not in recording.records),
+        input_shape=shape,
+        output_shape=() if output is None else tuple(output.shape),
+        parameter_bytes=sum(_stored(parameter) for parameter in net.parameters() if id(parameter) not in ranges),
+        range_bytes=sum(_stored(tensor) for tensor in ranges.values() if tensor.is_floating_point()),
+    )
+
+
+def _layer(name: str, module: nn.Module, calls: CallRecord, weight: Tensor | None) -> LayerTrace:
+    return LayerTrace(
+        name=name,
+        type=type(module).__name__,
+        calls=calls.calls,
+        input_shape=calls.input_shape,
+        output_shape=calls.output_shape,
+        macs=calls.macs,
+        rectified=calls.rectified,
+        weight_numel=0 if weight is None else weight.numel(),
+        weight_bytes=0 if weight is None else _stored(weight),
+    )
+
+
+def _stored(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _dtype(net: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _cuda_devices(net: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in net.parameters() if p.device.type == 'cuda'})
