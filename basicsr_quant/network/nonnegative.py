@@ -90,9 +90,9 @@ def is_nonnegative(func: Any, args: Sequence[Any], kwargs: dict[str, Any], known
         floating = [tensor for tensor in tensors if tensor.is_floating_point()]
         return bool(floating) and all(known(tensor) for tensor in floating)
     if name in SCALED:
-        numbers = (given[key] for key in ('other', 'alpha', 'value') if not isinstance(given.get(key, 0), Tensor))
+        numbers = [given[key] for key in ('other', 'alpha', 'value') if isinstance(given.get(key), (int, float))]
         tensors = [tensor for tensor in tensors if tensor.dtype != torch.bool]
-        return all(known(tensor) for tensor in tensors) and all(fine(0 if n is None else n) for n in numbers)
+        return all(fine(value) for value in tensors + numbers)
     return False
 
 

@@ -135,11 +135,22 @@ def _hooks(net: nn.Module, recorder: _Recorder) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without the fused attention block, an operator of its own that no formula is known for."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def record(net: nn.Module, image: Tensor) -> Recording:
     """Run ``net(image)`` once without gradients and write down what happens; hooks are gone afterwards."""
     pixels = image[0, 0].numel() if image.dim() > 2 else image[0].numel()
     recorder = _Recorder(net, pixels)
-    with torch.inference_mode(False), torch.no_grad(), _hooks(net, recorder), recorder:
+    with torch.inference_mode(False), torch.no_grad(), _plain_attention(), _hooks(net, recorder), recorder:
         net(image)
     return recorder.recording
 
