@@ -36,13 +36,9 @@ def run(command: str, pipeline: str, args: argparse.Namespace, **request: object
     option_file.check_force_yml(option_file.read(path), args.force_yml)
 
     import basicsr_quant
-    try:
-        basicsr_quant.enable()
-        from basicsr_quant import seam
-        seam.request(command=command, **request)
-    except (AttributeError, ImportError):  # TEMPORARY, until seam.py is there
-        from basicsr_quant import compat
-        compat.apply()
+    basicsr_quant.enable()
+    from basicsr_quant import seam
+    seam.request(command=command, **request)
     host = importlib.import_module(f'basicsr.{pipeline}')
     before = sys.argv
     sys.argv = [f'basicsr {command}', *_host_flags(path, args)]  # the host parses these, and writes them to its logs
