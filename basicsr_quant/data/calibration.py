@@ -1,0 +1,94 @@
+"""Calibration images: from any BasicSR data set, in its own loader, the random states left as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from basicsr.data import build_dataloader, build_dataset
+from torch import Tensor
+
+from ..config import CalibrationConfig
+from ..errors import QuantError
+from ..random_state import preserved, seeded
+
+_WHOLE_IMAGES = ('PairedImageDataset', 'SingleImageDataset')
+_MULTIPLE = 8
+"""Crops are cut to a multiple of this many pixels, so that networks with windows take them."""
+
+
+def dataset_options(config: CalibrationConfig, train: Mapping[str, Any] | None, scale: int) -> dict[str, Any]:
+    """The options of the data set that calibration reads.
+
+    Args:
+        config: The ``quant.calibration`` block.
+        train: Options of the training set, which stands in where the block names no data set; None outside training.
+        scale: Up-scaling factor of the network.
+
+    Raises:
+        QuantError: if there is no data set.
+    """
+    given = config.dataset if config.dataset is not None else train
+    if given is None:
+        raise QuantError(
+            'quant.calibration.dataset is missing; name LQ images there, for example '
+            '{type: SingleImageDataset, dataroot_lq: FOLDER, io_backend: {type: disk}}'
+        )
+    options = copy.deepcopy(dict(given))
+    options.setdefault('type', 'PairedImageDataset' if 'dataroot_gt' in options else 'SingleImageDataset')
+    if options['type'] in _WHOLE_IMAGES:
+        if options['type'] == 'PairedImageDataset' and options.get('dataroot_gt') is None:
+            options['type'] = 'SingleImageDataset'
+        options['phase'] = 'val'
+    else:
+        options.setdefault('phase', 'train')
+    options.setdefault('name', 'calibration')
+    options.setdefault('io_backend', {'type': 'disk'})
+    options.update(scale=scale, prefetch_mode=None)
+    if options['phase'] == 'train':
+        options.update(batch_size_per_gpu=1, num_worker_per_gpu=0)
+    return options
+
+
+def calibration_images(
+    config: CalibrationConfig, options: dict[str, Any], to_lq: Callable[[Any], Tensor], seed: int
+) -> Iterator[Tensor]:
+    """Yield LQ images (1, C, h, w) in the network's pixel range, centre crops of at most ``patch_size`` pixels a side.
+
+    Args:
+        config: Number of images and crop.
+        options: From :func:`dataset_options`.
+        to_lq: Turns a loader's batch into the network's input; a host model's ``feed_data`` may synthesize it.
+        seed: What data sets that draw at random draw from.
+
+    Raises:
+        QuantError: if the data set is empty or has fewer images than asked for.
+    """
+    with preserved():
+        dataset = build_dataset(options)
+        loader = build_dataloader(dataset, options, num_gpu=0, dist=False, sampler=None, seed=seed)
+    if len(dataset) < config.num_images:
+        where = options.get('dataroot_lq', options.get('dataroot_gt'))
+        raise QuantError(
+            f'quant.calibration.num_images: {config.num_images} given, but {where} holds {len(dataset)} images'
+        )
+    batches = iter(())
+    for index in range(config.num_images):
+        with seeded(seed, index):
+            if index == 0:
+                batches = iter(loader)
+            lq = to_lq(next(batches))
+        yield centre_crop(lq, config.patch_size)
+
+
+def centre_crop(image: Tensor, size: int) -> Tensor:
+    """The centre of (N, C, H, W): at most ``size`` pixels a side, whole windows of 8 where there is room; 0: all."""
+
+    def span(length: int) -> slice:
+        side = min(length, size or length)
+        side -= side % _MULTIPLE if side >= _MULTIPLE else 0
+        start = (length - side) // 2
+        return slice(start, start + side)
+
+    return image[..., span(image.shape[-2]), span(image.shape[-1])].contiguous()

@@ -1,0 +1,5 @@
+"""BasicSR's face: registered models."""
+
+from .quantized_model import QuantizedModel, QuantizedModelMixin
+
+__all__ = ['QuantizedModel', 'QuantizedModelMixin']

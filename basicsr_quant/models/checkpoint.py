@@ -1,0 +1,144 @@
+"""Network files: FP32 ones as people have them, and quantized ones with their plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..compat.files import atomic_save
+from ..errors import QuantError
+from ..network.plan import Plan
+from ..network.surgery import quantizers
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """What a ``.pth`` file holds.
+
+    Attributes:
+        path: Where it was read.
+        states: State dicts by key: ``params``, ``params_ema``; ``None`` for a file that is a bare state dict.
+        plan: The plan of a quantized file, else None.
+        calibration: What calibration measured (``feature_scale``), of a quantized file.
+    """
+
+    path: str
+    states: Mapping[Optional[str], dict[str, Tensor]]
+    plan: Plan | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def state(self, key: str | None) -> tuple[str | None, dict[str, Tensor]]:
+        """The state dict under ``key``, without ``module.`` prefixes; ``params`` stands in for a missing key.
+
+        Returns:
+            The key that was found, and the state dict.
+        """
+        if key not in self.states and len(self.states) == 1 and None in self.states:
+            key = None
+        if key not in self.states and 'params' in self.states:
+            key = 'params'
+        if key not in self.states:
+            have = ', '.join(str(k) for k in self.states)
+            raise QuantError(f"{self.path} has no entry '{key}' (path.param_key_g); it has: {have}")
+        return key, {k.removeprefix('module.'): v for k, v in self.states[key].items()}
+
+
+def read_network_file(path: str) -> NetworkFile:
+    """Read a network file with ``weights_only=True``.
+
+    Raises:
+        QuantError: if it is missing, cannot be read, or holds no state dict.
+    """
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise QuantError(f'there is no checkpoint {path}') from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise QuantError(f'{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}') from None
+    if not isinstance(content, Mapping):
+        raise QuantError(f'{path} holds a {type(content).__name__}; a network file holds tensors by name')
+    states: dict[Optional[str], dict[str, Tensor]] = {
+        key: dict(value) for key, value in content.items() if key != 'quant' and _is_state(value)
+    }
+    if not states and _is_state(content):
+        states = {None: dict(content)}
+    if not states:
+        raise QuantError(f'{path} holds no network; its entries are: {", ".join(map(str, content))}')
+    entry = content.get('quant')
+    plan = Plan.from_plain(entry['plan']) if entry else None
+    return NetworkFile(path, states, plan, dict(entry.get('calibration', {})) if entry else {})
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool = True) -> None:
+    """Load one state dict of ``file`` into ``net``, which may be quantized.
+
+    An FP32 file may lack quantizer tensors and nothing else. A quantized file loads whole.
+
+    Raises:
+        QuantError: naming the first tensors that do not fit.
+    """
+    _, state = file.state(key)
+    own = net.state_dict()
+    ranges = tuple(f'{name}.' for name in quantizers(net))
+    missing = [k for k in own if k not in state and not (file.plan is None and k.startswith(ranges))]
+    unexpected = [k for k in state if k not in own]
+    resized = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if strict and (missing or unexpected or resized):
+        raise QuantError(f'{file.path} is not of this network: ' + _differences(missing, unexpected, resized, own, state))
+    net.load_state_dict({k: v for k, v in state.items() if k in own and k not in resized}, strict=False)
+
+
+def _differences(
+    missing: list[str], unexpected: list[str], resized: list[str], own: dict[str, Tensor], state: dict[str, Tensor]
+) -> str:
+    parts = []
+    if resized:
+        k = resized[0]
+        parts.append(f"'{k}' is {tuple(state[k].shape)} in the file and {tuple(own[k].shape)} in the network")
+        if len(resized) > 1:
+            parts[-1] += f' (and {len(resized) - 1} more differ in size)'
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing in the file, '{missing[0]}' first")
+    if unexpected:
+        parts.append(f"{len(unexpected)} tensors are unknown to the network, '{unexpected[0]}' first")
+    return '; '.join(parts)
+
+
+def compare_plans(file: NetworkFile, plan: Plan) -> None:
+    """Refuse a quantized file whose plan is not the option file's."""
+    assert file.plan is not None
+    theirs = file.plan
+    if theirs.method != plan.method:
+        raise QuantError(f"{file.path} was made with quant.method '{theirs.method}', the option file says '{plan.method}'")
+    for key, value in plan.settings.items():
+        if key in ('zero_point', 'w_granularity') and theirs.settings.get(key) != value:
+            raise QuantError(
+                f"{file.path} was made with quant.{key} '{theirs.settings.get(key)}', the option file says '{value}'"
+            )
+    ours = {layer.layer: layer for layer in plan.quantized}
+    for layer in theirs.quantized:
+        mine = ours.pop(layer.layer, None)
+        bits = None if mine is None else (mine.w_bits, mine.a_bits)
+        if bits != (layer.w_bits, layer.a_bits):
+            here = 'in floating point' if bits is None else f'W{bits[0]}A{bits[1]}'
+            raise QuantError(
+                f"{file.path} has layer '{layer.layer}' at W{layer.w_bits}A{layer.a_bits}, the option file has it {here}"
+            )
+    if ours:
+        raise QuantError(f"{file.path} has layer '{next(iter(ours))}' in floating point, the option file quantizes it")
+
+
+def save_network_file(path: str, states: Mapping[str, dict[str, Tensor]], plan: Plan, calibration: Any) -> None:
+    """Write a quantized network file in the host's format, whole or not at all."""
+    content: dict[str, Any] = {key: {k: v.cpu() for k, v in state.items()} for key, state in states.items()}
+    content['quant'] = {'plan': plan.to_plain(), 'calibration': dict(calibration)}
+    atomic_save(content, path)

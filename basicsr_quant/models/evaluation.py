@@ -1,0 +1,74 @@
+"""What a test measures per image, and the result files it leaves."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from basicsr.metrics.psnr_ssim import calculate_psnr, calculate_ssim
+from basicsr.utils import get_root_logger, tensor2img
+from torch import Tensor
+
+from ..cost import cost
+from ..report.results import ResultWriter
+
+
+class Evaluation:
+    """Follows the host's test loop and records each image.
+
+    PSNR and SSIM are always those of the Y channel of the output rounded to uint8, with a border of ``scale`` pixels
+    left out, by the host's functions, whatever ``val.metrics`` holds. The host's own metrics go under ``extra``.
+
+    Args:
+        run: What the seam prepared.
+        opt: The host's options.
+    """
+
+    def __init__(self, run: dict[str, Any], opt: dict[str, Any]) -> None:
+        self.scale = int(opt.get('scale', 1))
+        self.opt = opt
+        self.run = run
+        self.seconds = 0.0
+        self._dataset = ''
+        self._image = ''
+        self._network: torch.nn.Module | None = None
+        self.writer = ResultWriter(
+            name=opt['name'],
+            method=run['plan'].method,
+            w_bits=run['w_bits'],
+            a_bits=run['a_bits'],
+            checkpoint=run['checkpoint'],
+            plan=run['plan'],
+        )
+
+    def begin_dataset(self, dataloader: Any) -> None:
+        """The host starts on a data set."""
+        self._dataset = dataloader.dataset.opt['name']
+
+    def begin_image(self, data: dict[str, Any]) -> None:
+        """The host has fed an image; it is named by its ground truth, or by the LQ file where there is none."""
+        path = (data.get('gt_path') or data.get('lq_path') or [''])[0]
+        self._image = os.path.splitext(os.path.basename(path))[0]
+
+    def end_image(self, visuals: dict[str, Tensor]) -> None:
+        """The host has the output."""
+        psnr = ssim = None
+        if 'gt' in visuals:
+            output, truth = tensor2img([visuals['result']]), tensor2img([visuals['gt']])
+            if output.shape == truth.shape:
+                options = {'crop_border': self.scale, 'test_y_channel': output.ndim == 3}
+                psnr = float(calculate_psnr(output, truth, **options))
+                ssim = float(calculate_ssim(output, truth, **options))
+        self.writer.add_image(self._dataset, self._image, psnr=psnr, ssim=ssim, fab=None, seconds=self.seconds)
+
+    def end_dataset(self, model: Any) -> None:
+        """The host is through with a data set: write what there is, so that a run cut short leaves it."""
+        for metric, value in (getattr(model, 'metric_results', None) or {}).items():
+            self.writer.add_extra(self._dataset, metric, float(value))
+        if self.writer.cost is None:
+            bare = model.get_bare_model(model.net_g)
+            self.writer.cost = cost(bare, self.run['plan'], scale=self.scale)
+        folder = os.path.join(os.path.dirname(self.opt['path']['visualization']))
+        self.writer.write(folder)
+        get_root_logger().info('Results of %s:\n%s', self._dataset, self.writer.summary())

@@ -1,0 +1,176 @@
+"""Everything that can be decided and refused before the host starts: method, plan, model class, checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
+from torch import nn
+
+from ..config import QuantConfig, read_config
+from ..data.calibration import dataset_options
+from ..errors import QuantError, nearest
+from ..network.plan import Plan
+from ..random_state import preserved
+from . import checkpoint
+
+
+def prepare(
+    raw: Mapping[str, Any],
+    block: Any,
+    *,
+    command: str,
+    root: str,
+    is_train: bool,
+    debug: bool,
+    asked: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Check the ``quant:`` block against the rest of the option file and return what the model needs.
+
+    Args:
+        raw: The option file with ``--force_yml`` applied, test sets selected.
+        block: Its ``quant:`` block.
+        command: ``train``, ``test``, ``calibrate`` ...
+        root: The working directory, root of ``experiments/`` and ``results/``.
+        is_train: Whether the host trains.
+        debug: The host's ``--debug``, which renames the experiment.
+        asked: What the command line asked for beside the host's flags.
+
+    Returns:
+        ``plan``, ``calibration``, ``feature_scale``, ``checkpoint``, ``param_key``, ``note``, ``experiment``,
+        ``network`` (the FP32 network's type), ``w_bits``, ``a_bits``, ``command``.
+    """
+    config = read_config(block)
+    _check_model(raw['model_type'], config, is_train)
+    net = build_float(raw['network_g'])
+    plan = config.plan(net)
+    name = f'debug_{raw["name"]}' if debug and not raw['name'].startswith('debug') else raw['name']
+    experiment = os.path.join(root, 'experiments', name)
+    path, key, note = _choose_checkpoint(raw, command, experiment, plan, is_train, asked.get('checkpoint'))
+    file = None
+    if path is not None:
+        file = checkpoint.read_network_file(path)
+        _check_file(file, key, net, plan, strict=raw['path'].get('strict_load_g', True))
+    _check_calibration(raw, config, file, plan, path, is_train)
+    return {
+        'plan': plan,
+        'calibration': config.calibration,
+        'feature_scale': config.feature_scale,
+        'checkpoint': path,
+        'param_key': key,
+        'note': note,
+        'experiment': experiment,
+        'command': command,
+        'w_bits': config.w_bits,
+        'a_bits': config.a_bits,
+    }
+
+
+def build_float(network: Mapping[str, Any]) -> nn.Module:
+    """Build the FP32 network of ``network_g`` without touching the random state.
+
+    Raises:
+        QuantError: for an unknown type, or options the architecture does not take.
+    """
+    options = {k: v for k, v in network.items() if k != 'type'}
+    kind = network.get('type')
+    known = list(ARCH_REGISTRY.keys())
+    if kind not in known and f'{kind}_basicsr' not in known:
+        raise QuantError(f'network_g.type: {kind!r} is not a registered architecture{nearest(kind, known)}')
+    try:
+        with preserved():
+            return ARCH_REGISTRY.get(kind)(**options)  # type: ignore[no-any-return]
+    except (TypeError, ValueError, KeyError) as error:
+        raise QuantError(f'network_g: {kind} cannot be built from its options: {error}') from None
+
+
+def _check_model(model_type: str, config: QuantConfig, is_train: bool) -> None:
+    from basicsr.models.sr_model import SRModel
+    from basicsr.models.srgan_model import SRGANModel
+    from basicsr.models.video_base_model import VideoBaseModel
+
+    known = list(MODEL_REGISTRY.keys())
+    name = model_type if model_type in known else f'{model_type}_basicsr'
+    if name not in known:
+        raise QuantError(f'model_type: {model_type!r} is not a registered model{nearest(model_type, known)}')
+    cls = MODEL_REGISTRY.get(name)
+    if not (isinstance(cls, type) and issubclass(cls, SRModel)):
+        raise QuantError(f'model_type: {model_type} does not derive from SRModel, so quant: cannot be used with it')
+    if is_train and config.method != 'none' and issubclass(cls, (SRGANModel, VideoBaseModel)):
+        kind = 'GAN' if issubclass(cls, SRGANModel) else 'video'
+        raise QuantError(
+            f'model_type: {model_type} is a {kind} model; training it with quant.method {config.method!r} is not '
+            'supported, `basicsr calibrate` and `basicsr test` are'
+        )
+
+
+def _choose_checkpoint(
+    raw: Mapping[str, Any], command: str, experiment: str, plan: Plan, is_train: bool, asked: str | None
+) -> tuple[str | None, str | None, str]:
+    """Which network file, which entry of it, and a sentence that says so."""
+    given = raw['path'].get('pretrain_network_g')
+    given = os.path.expanduser(given) if given else None
+    key = raw['path'].get('param_key_g', 'params')
+    if is_train or command == 'calibrate':
+        if command == 'calibrate' and given is None:
+            raise QuantError('path.pretrain_network_g is missing; `basicsr calibrate` quantizes that FP32 network')
+        return given, key, 'path.pretrain_network_g'
+    if asked is not None:
+        return asked, _averaged(asked, raw), '--checkpoint'
+    own = [os.path.join(experiment, 'models', f'net_g_{label}.pth') for label in ('latest', 'calibrated')]
+    own = sorted((p for p in own if os.path.isfile(p)), key=os.path.getmtime)
+    if own and not (plan.method == 'none' and given is not None):
+        return own[-1], _averaged(own[-1], raw), "the experiment's own"
+    if given is None:
+        raise QuantError(
+            f"nothing to test: there is no {os.path.join(experiment, 'models', 'net_g_latest.pth')}, "
+            'path.pretrain_network_g is not set and --checkpoint not given'
+        )
+    return given, key, 'path.pretrain_network_g'
+
+
+def _averaged(path: str, raw: Mapping[str, Any]) -> str:
+    """The entry of an experiment's file: the averaged weights where training kept them, as its validation used."""
+    if 'param_key_g' in raw['path']:
+        return str(raw['path']['param_key_g'])
+    return 'params_ema' if 'params_ema' in checkpoint.read_network_file(path).states else 'params'
+
+
+def _check_file(file: checkpoint.NetworkFile, key: str | None, net: nn.Module, plan: Plan, strict: bool) -> None:
+    if file.plan is not None:
+        checkpoint.compare_plans(file, plan)
+        return
+    checkpoint.load_state(net, file, key, strict)
+    bad = [name for name, tensor in net.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise QuantError(f"{file.path} holds values that are not finite, in '{bad[0]}'")
+
+
+def _check_calibration(
+    raw: Mapping[str, Any],
+    config: QuantConfig,
+    file: checkpoint.NetworkFile | None,
+    plan: Plan,
+    path: str | None,
+    is_train: bool,
+) -> None:
+    if not plan.quantized or (file is not None and file.plan is not None):
+        return
+    if config.calibration is None and not is_train:
+        raise QuantError(
+            f'{path} is an FP32 file and has no ranges; add quant.calibration (LQ images), or train first, '
+            'or name a quantized file by --checkpoint'
+        )
+    from ..config import CalibrationConfig
+
+    train = raw['datasets'].get('train') if is_train else None
+    options = dataset_options(config.calibration or CalibrationConfig(), train, raw.get('scale', 1))
+    from ..data.check import check_dataset
+
+    check_dataset(options, 'quant.calibration.dataset')
+    folder = options.get('dataroot_lq') or options.get('dataroot_gt')
+    for name, other in raw['datasets'].items():
+        if name.split('_')[0] in ('val', 'test') and folder in (other.get('dataroot_lq'), other.get('dataroot_gt')):
+            raise QuantError(f'quant.calibration.dataset reads {folder}, which is the test set datasets.{name}')

@@ -1,0 +1,199 @@
+"""BasicSR's face of the methods: what is added to a host model, whichever it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from basicsr.utils.dist_util import master_only
+from basicsr.utils.registry import MODEL_REGISTRY
+from torch import Tensor, nn
+
+from ..config import CalibrationConfig
+from ..data.calibration import calibration_images, dataset_options
+from ..methods import method_of
+from ..methods.base import Training
+from ..network.surgery import quantizers
+from . import checkpoint
+from .evaluation import Evaluation
+
+logger = logging.getLogger('basicsr')
+
+
+@MODEL_REGISTRY.register()
+def QuantizedModel(opt: dict[str, Any]) -> Any:  # noqa: N802 (the registered name)
+    """Build the host model that the option file names, combined with :class:`QuantizedModelMixin`."""
+    base = MODEL_REGISTRY.get(opt['quant_run']['model_type'])
+    return type(f'Quantized{base.__name__}', (QuantizedModelMixin, base), {})(opt)
+
+
+class QuantizedModelMixin:
+    """Calibrates, trains, saves, loads and tests a quantized ``net_g`` under any model that derives from SRModel.
+
+    The host's methods do their own work; each override here adds one thing and calls them. ``opt['quant_run']`` is
+    what the seam prepared: plan, calibration, checkpoint.
+    """
+
+    opt: dict[str, Any]
+    net_g: nn.Module
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        self._run = opt['quant_run']
+        self._method = method_of(self._run['plan'])
+        self._calibration: dict[str, Any] = {}
+        self._training: Training | None = None
+        self._evaluation: Evaluation | None = None
+        self._wrap = False
+        super().__init__(opt)  # type: ignore[call-arg]
+        if not opt['is_train']:
+            self._calibrate_if_needed()
+            self._evaluation = Evaluation(self._run, opt)
+            if self._run['command'] == 'calibrate':
+                self.save_network([self.net_g], 'net_g', 'calibrated', ['params'])
+
+    # -- building --------------------------------------------------------------------------------------------------
+
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        # The host wraps before it loads; calibration decides which parameters train, so the wrapper has to wait.
+        if self._wrap or not _is_quantized(net):
+            return super().model_to_device(net)  # type: ignore[misc, no-any-return]
+        return net.to(self.device)  # type: ignore[attr-defined]
+
+    def init_training_settings(self) -> None:
+        self._calibrate_if_needed()
+        self._wrap = True
+        self.net_g = self.model_to_device(self.net_g)
+        super().init_training_settings()  # type: ignore[misc]
+        net = self._bare()
+        if hasattr(self, 'net_g_ema') and not self._loaded_quantized():
+            _copy_quantizers(net, self.net_g_ema)
+        scale = self._run['feature_scale'] or self._calibration.get('feature_scale', 1.0)
+        self._training = self._method.attach(net, self.optimizer_g, scale)  # type: ignore[attr-defined]
+
+    def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
+        groups = self._method.parameter_groups(self._bare(), params, lr)
+        return super().get_optimizer(optim_type, groups, lr, **kwargs)  # type: ignore[misc, no-any-return]
+
+    def _bare(self) -> nn.Module:
+        return self.get_bare_model(self.net_g)  # type: ignore[attr-defined, no-any-return]
+
+    # -- calibration -----------------------------------------------------------------------------------------------
+
+    def _loaded_quantized(self) -> bool:
+        return bool(self._run.get('loaded_quantized'))
+
+    def _calibrate_if_needed(self) -> None:
+        if self._loaded_quantized() or not quantizers(self._bare()):
+            return
+        config = self._run['calibration'] or CalibrationConfig()
+        train = self.opt['datasets'].get('train') if self.opt['is_train'] else None
+        options = dataset_options(config, train, self.opt.get('scale', 1))
+        start = time.time()
+        net = self._bare()
+        before = set(vars(self))
+        images = calibration_images(config, options, self._to_lq, self.opt['manual_seed'])
+        seen = self._method.calibrate(net, images)
+        for name in set(vars(self)) - before:  # what feed_data left behind
+            delattr(self, name)
+        self._calibration = {'feature_scale': seen.feature_scale, 'images': seen.images}
+        _same_on_all_ranks(net)
+        logger.info(
+            'Calibrated %d quantizers (method %s) on %d images of %s in %.1f s; feature scale c = %.4g.',
+            len(quantizers(net)), self._run['plan'].method, seen.images, options['name'], time.time() - start,
+            seen.feature_scale,
+        )  # fmt: skip
+
+    def _to_lq(self, data: Any) -> Tensor:
+        self.feed_data(data)
+        return self.lq  # type: ignore[attr-defined, no-any-return]
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def get_current_log(self) -> dict[str, float]:
+        log = dict(super().get_current_log())  # type: ignore[misc]
+        return {**log, **self._training.log()} if self._training is not None else log
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str = 'params') -> None:
+        bare = self.get_bare_model(net)  # type: ignore[attr-defined]
+        if not _is_quantized(bare):
+            return super().load_network(net, load_path, strict, param_key)  # type: ignore[misc, no-any-return]
+        file = checkpoint.read_network_file(load_path)
+        if file.plan is not None:
+            checkpoint.compare_plans(file, self._run['plan'])
+            self._run['loaded_quantized'] = True
+            self._calibration = dict(file.calibration)
+        found, _ = file.state(param_key)
+        kind = 'FP32' if file.plan is None else f'quantized ({file.plan.method})'
+        logger.info('Loading %s from %s, a %s file, with param key: [%s].', type(bare).__name__, load_path, kind, found)
+        checkpoint.load_state(bare, file, param_key, strict)
+        return None
+
+    @master_only
+    def save_network(self, net: Any, net_label: str, current_iter: Any, param_key: Any = 'params') -> None:
+        nets = [self.get_bare_model(n) for n in (net if isinstance(net, list) else [net])]  # type: ignore[attr-defined]
+        if not all(_is_quantized(n) for n in nets):
+            return super().save_network(net, net_label, current_iter, param_key)  # type: ignore[misc, no-any-return]
+        keys = param_key if isinstance(param_key, list) else [param_key]
+        label = 'latest' if current_iter == -1 else current_iter
+        folder = self.opt['path'].get('models') or os.path.join(self._run['experiment'], 'models')
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, f'{net_label}_{label}.pth')
+        states = {key: n.state_dict() for key, n in zip(keys, nets)}
+        checkpoint.save_network_file(path, states, self._run['plan'], self._calibration)
+        logger.info('Saved %s.', path)
+        return None
+
+    # -- testing ---------------------------------------------------------------------------------------------------
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        super().feed_data(data)  # type: ignore[misc]
+        if self._evaluation is not None:
+            self._evaluation.begin_image(data)
+
+    def test(self) -> None:
+        start = time.time()
+        super().test()  # type: ignore[misc]
+        if self._evaluation is not None:
+            self._evaluation.seconds = time.time() - start
+
+    def get_current_visuals(self) -> dict[str, Tensor]:
+        visuals = super().get_current_visuals()  # type: ignore[misc]
+        if self._evaluation is not None:
+            self._evaluation.end_image(visuals)
+        return visuals  # type: ignore[no-any-return]
+
+    def validation(self, dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        if self._evaluation is None:
+            return super().validation(dataloader, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        self._evaluation.begin_dataset(dataloader)
+        super().validation(dataloader, *args, **kwargs)  # type: ignore[misc]
+        self._evaluation.end_dataset(self)
+        return None
+
+
+def _is_quantized(net: nn.Module) -> bool:
+    return hasattr(net, '_quant_context')
+
+
+@torch.no_grad()
+def _copy_quantizers(source: nn.Module, target: nn.Module) -> None:
+    state = source.state_dict()
+    prefixes = tuple(f'{name}.' for name in quantizers(source))
+    own = {k: v for k, v in state.items() if k.startswith(prefixes)}
+    target.load_state_dict(own, strict=False)
+
+
+@torch.no_grad()
+def _same_on_all_ranks(net: nn.Module) -> None:
+    """Take rank 0's ranges everywhere: all ranks saw the same images, this makes it exact."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for name, tensor in net.state_dict().items():
+        if name.startswith(tuple(f'{q}.' for q in quantizers(net))):
+            dist.broadcast(tensor, src=0)

@@ -1,0 +1,134 @@
+"""The one seam with BasicSR: the ``parse_options`` that its train and test modules hold.
+
+The host parses, renames the old experiment, opens data and only then builds a model: too late to refuse anything. So
+everything is checked before its parser runs, and the options are rewritten right after it. Nothing else of the host is
+replaced here (faults are mended in :mod:`basicsr_quant.compat`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from . import option_file
+from .errors import QuantError
+
+_REQUEST: dict[str, Any] = {}
+
+
+def request(**wanted: Any) -> None:
+    """Note what the command line asked for and the host's flags cannot say: ``command``, ``checkpoint``."""
+    _REQUEST.clear()
+    _REQUEST.update(wanted)
+
+
+def install() -> None:
+    """Wrap the host's ``parse_options``; called by :func:`basicsr_quant.enable`, after ``compat.apply``."""
+    importlib.import_module('basicsr_quant.archs')
+    importlib.import_module('basicsr_quant.models')
+    for name in ('train', 'test'):
+        module: Any = importlib.import_module(f'basicsr.{name}')
+        if not hasattr(module.parse_options, '__wrapped__'):
+            module.parse_options = _wrap(module.parse_options)
+
+
+def _wrap(host: Any) -> Any:
+    @functools.wraps(host)
+    def parse_options(root_path: str, is_train: bool = True) -> Any:
+        given = _read_command_line()
+        command = _REQUEST.get('command', 'train' if is_train else 'test')
+        raw = option_file.read(given.opt)
+        _force(raw, given.force_yml)
+        _import_components(raw.get('imports'))
+        if not is_train:
+            _keep_test_sets(raw)
+        prepared = _prepare(raw, command, root_path, is_train, given.debug)
+        opt, args = host(root_path, is_train=is_train)
+        if not is_train:
+            _keep_test_sets(opt)
+            opt['val'] = {'save_img': False, 'suffix': None, **(opt.get('val') or {})}
+        if prepared is not None:
+            _rewrite(opt, prepared)
+        return opt, args
+
+    return parse_options
+
+
+def _read_command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('-opt', required=True)
+    parser.add_argument('--force_yml', nargs='+')
+    parser.add_argument('--debug', action='store_true')
+    return parser.parse_known_args(sys.argv[1:])[0]
+
+
+def _force(raw: dict[str, Any], entries: list[str] | None) -> None:
+    """Apply ``--force_yml`` to our copy of the options as the host will to its own."""
+    from basicsr.utils.options import _postprocess_yml_value
+
+    option_file.check_force_yml(raw, entries)
+    for entry in entries or ():
+        keys, value = entry.split('=')
+        *parents, last = keys.strip().split(':')
+        inner = raw
+        for key in parents:
+            inner = inner[key]
+        inner[last] = _postprocess_yml_value(value.strip())
+
+
+def _import_components(names: Any) -> None:
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise QuantError(f'imports must be a list of module names such as [my_project.archs], not {names!r}')
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise QuantError(f'imports: {name} cannot be imported ({error}); is it on PYTHONPATH?') from None
+
+
+def _keep_test_sets(opt: dict[str, Any]) -> None:
+    """One option file serves every command: test reads ``test*``, or ``val*`` where there is none."""
+    sets = opt.get('datasets')
+    if not isinstance(sets, Mapping):
+        return
+    for kind in ('test', 'val'):
+        kept = {k: v for k, v in sets.items() if k.split('_')[0] == kind}
+        if kept:
+            opt['datasets'] = kept
+            return
+    raise QuantError(f"datasets holds {', '.join(sets) or 'nothing'}; `basicsr test` needs a data set test* or val*")
+
+
+def _prepare(raw: dict[str, Any], command: str, root: str, is_train: bool, debug: bool) -> dict[str, Any] | None:
+    from .data.check import check_options
+    from .models.preparation import prepare
+
+    check_options(raw, is_train)
+    if 'sparsity' in raw:
+        raise QuantError('sparsity is not available in this version; remove the block')
+    block = raw.get('quant')
+    if block is None:
+        if command == 'train' or not _REQUEST:
+            return None
+        block = {'method': 'none'}
+    return prepare(raw, block, command=command, root=root, is_train=is_train, debug=debug, asked=_REQUEST)
+
+
+def _rewrite(opt: dict[str, Any], prepared: dict[str, Any]) -> None:
+    """Point the host at our registered network and model; ``network_g`` keeps its own keys flat."""
+    network = opt['network_g']
+    base = network.pop('type')
+    opt['network_g'] = {'type': 'QuantizedNetwork', 'base_type': base, 'plan': prepared['plan'], **network}
+    prepared['model_type'] = opt['model_type']
+    opt['model_type'] = 'QuantizedModel'
+    opt['quant_run'] = prepared
+    if prepared.get('checkpoint') is not None:
+        opt['path']['pretrain_network_g'] = prepared['checkpoint']
+        if prepared.get('param_key') is not None:
+            opt['path']['param_key_g'] = prepared['param_key']

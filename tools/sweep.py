@@ -1,0 +1,220 @@
+"""Train every method the same way and tabulate Set5: the figures of the README's comparison.
+
+Each run is an option file given to ``basicsr train`` in a process of its own. Runs that are in the results already are
+not repeated, so an interrupted sweep goes on where it was.
+
+    BASICSR_QUANT_DATA=... python tools/sweep.py --suite sweep --bits 2 4 --iters 100 --jobs 2
+    python tools/sweep.py --table
+
+Data: ``train/div2k_x4down100`` of BASICSR_QUANT_DATA as HR (LR made here, MATLAB-compatible bicubic x2), calibration on
+``calib/``, the network EDSR-b8f64_x2. Batch 4, LR patch 24, Adam 1e-4 halved at each quarter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+PLAIN = {'regularizer': 'none', 'weight_clipping': False}
+VARIANTS: dict[str, dict[str, Any]] = {
+    'minmax': {'method': 'minmax'},
+    'percentile': {'method': 'percentile'},
+    'mse': {'method': 'mse', 'zero_point': 'float'},
+    'lsq': {'method': 'lsq'},
+    'pams': {'method': 'pams'},
+    'plain': {'method': 'odm', 'options': PLAIN},
+    'plain+coop': {'method': 'odm', 'options': {'weight_clipping': False}},
+    'plain+wcc': {'method': 'odm', 'options': {'regularizer': 'none'}},
+    'odm': {'method': 'odm', 'options': {}},
+    'odm naive': {'method': 'odm', 'options': {'gate': 'none'}},
+    'odm element': {'method': 'odm', 'options': {'granularity': 'element'}},
+    'odm global': {'method': 'odm', 'options': {'granularity': 'global'}},
+    'odm naive x10': {'method': 'odm', 'options': {'gate': 'none', 'mismatch_weight': 1e-4}},
+    'odm x10': {'method': 'odm', 'options': {'mismatch_weight': 1e-4}},
+    'odm_v1': {'method': 'odm_v1', 'options': {}},
+    'variance+wcc': {'method': 'odm', 'options': {'regularizer': 'variance', 'gate': 'sign'}},
+}
+STATIC = ('minmax', 'percentile', 'mse')
+LEARNED = ('lsq', 'pams', 'plain', 'odm')
+
+
+def suite(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield runs as dictionaries: variant, bits, iters, seed, init, range_lr."""
+    for bits in args.bits:
+        for seed in args.seeds:
+            common = {'bits': bits, 'iters': args.iters, 'seed': seed, 'granularity': args.w_granularity}
+            if name == 'sweep':
+                for variant in STATIC:
+                    yield {**common, 'variant': variant}
+                for variant in LEARNED:
+                    for init in ('percentile', 'mse'):
+                        for range_lr in (1, 10, 100):
+                            yield {**common, 'variant': variant, 'init': init, 'range_lr': range_lr}
+            else:
+                for variant in args.variants:
+                    settings = {} if variant in STATIC else {'init': args.init, 'range_lr': args.range_lr}
+                    yield {**common, 'variant': variant, **settings}
+
+
+def run_name(run: dict[str, Any]) -> str:
+    parts = [f'W{run["bits"]}A{run["bits"]}', run['variant'], f'i{run["iters"]}', f's{run["seed"]}']
+    parts += [str(run[k]) for k in ('init', 'range_lr') if k in run]
+    parts += ['channel'] if run['granularity'] == 'channel' else []
+    return '_'.join(parts).replace(' ', '-').replace('+', '-')
+
+
+def options(run: dict[str, Any], data: Path, pairs: Path) -> dict[str, Any]:
+    """The option file of a run."""
+    variant = VARIANTS[run['variant']]
+    method, total = variant['method'], run['iters']
+    own = {**variant.get('options', {}), **{k: run[k] for k in ('init', 'range_lr') if k in run}}
+    disk = {'io_backend': {'type': 'disk'}, 'filename_tmpl': '{}x2', 'type': 'PairedImageDataset'}
+    calib = {
+        'type': 'SingleImageDataset',
+        'dataroot_lq': str(data / 'calib/LR_bicubic/X2'),
+        'io_backend': {'type': 'disk'},
+    }
+    quant: dict[str, Any] = {
+        'method': method,
+        'w_bits': run['bits'],
+        'a_bits': run['bits'],
+        'w_granularity': run['granularity'],
+        'calibration': {'num_images': 32, 'dataset': calib},
+    }
+    quant.update({k: variant[k] for k in ('zero_point',) if k in variant})
+    if own:
+        quant[method] = own
+    benchmark = data / 'benchmarks/Set5'
+    return {
+        'name': run_name(run),
+        'model_type': 'SRModel',
+        'scale': 2,
+        'num_gpu': 0,
+        'manual_seed': run['seed'],
+        'datasets': {
+            'train': {
+                'name': 'div2k_x4down100', **disk, 'dataroot_gt': str(pairs / 'HR'),
+                'dataroot_lq': str(pairs / 'LR'), 'gt_size': 48, 'use_hflip': True, 'use_rot': True,
+                'num_worker_per_gpu': 0, 'batch_size_per_gpu': 4, 'dataset_enlarge_ratio': 100,
+            },
+            'val': {
+                'name': 'Set5', **disk, 'dataroot_gt': str(benchmark / 'HR'), 'dataroot_lq': str(benchmark / 'LR_bicubic/X2'),
+            },
+        },
+        'network_g': {
+            'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 64, 'num_block': 8, 'upscale': 2, 'img_range': 2.0,
+        },
+        'path': {'pretrain_network_g': str(data / 'weights/EDSR-b8f64_x2.pth')},
+        'train': {
+            'optim_g': {'type': 'Adam', 'lr': 1e-4, 'betas': [0.9, 0.99]},
+            'scheduler': {'type': 'MultiStepLR', 'milestones': [total // 4, total // 2, 3 * total // 4], 'gamma': 0.5},
+            'total_iter': total,
+            'pixel_opt': {'type': 'L1Loss', 'loss_weight': 1.0, 'reduction': 'mean'},
+        },
+        'val': {
+            'val_freq': 10**9, 'save_img': False,
+            'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2, 'test_y_channel': True}},
+        },
+        'logger': {'print_freq': max(1, total // 10), 'save_checkpoint_freq': 10**9, 'use_tb_logger': False},
+        'quant': quant,
+    }  # fmt: skip
+
+
+def make_pairs(data: Path, folder: Path) -> None:
+    """HR images of even size and their LR images from the training photographs, once."""
+    import cv2
+
+    from basicsr_quant.data.bicubic import crop_to_multiple, low_resolution
+
+    for source in sorted((data / 'train/div2k_x4down100').glob('*.png')):
+        hr = crop_to_multiple(cv2.imread(str(source)), 2)
+        for kind, image in (('HR', hr), ('LR', low_resolution(hr, 2))):
+            target = folder / kind / f'{source.stem}{"x2" if kind == "LR" else ""}.png'
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(target), image)
+
+
+def train(run: dict[str, Any], args: argparse.Namespace, data: Path) -> dict[str, Any] | None:
+    """Run one training; return the run with its PSNR, or None when it failed."""
+    name = run_name(run)
+    file = args.out / f'{name}.yml'
+    file.write_text(yaml.safe_dump(options(run, data, (args.out / 'pairs').resolve()), sort_keys=False))
+    command = [sys.executable, *args.command.split(), 'train', '-opt', str(file.resolve())]
+    done = subprocess.run(
+        command, cwd=args.out, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}
+    )
+    found = re.findall(r'# psnr: ([0-9.]+)', done.stdout + done.stderr)
+    if done.returncode or not found:
+        print(f'{name} failed:\n' + '\n'.join((done.stdout + done.stderr).splitlines()[-5:]), flush=True)
+        return None
+    return {**run, 'psnr': float(found[-1])}
+
+
+def table(path: Path) -> str:
+    """Set5 PSNR by bits, length and variant: best of its settings by the mean over seeds, with the spread."""
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[float]]] = {}
+    for r in runs:
+        settings = (r.get('init', '-'), r.get('range_lr', '-'), r['granularity'])
+        groups.setdefault((r['bits'], r['iters'], r['variant']), {}).setdefault(settings, []).append(r['psnr'])
+    lines = [
+        '| bits | iterations | variant | best: init, range lr x, weights | Set5 dB | spread (seeds) | worst setting |',
+        '|' + '---|' * 7,
+    ]
+    for (bits, iters, variant), found in sorted(groups.items()):
+        most = max(len(v) for v in found.values())
+        best, values = max(((s, v) for s, v in found.items() if len(v) == most), key=lambda item: mean(item[1]))
+        spread = f'{stdev(values):.3f} ({len(values)})' if len(values) > 1 else '- (1)'
+        worst = min(mean(v) for v in found.values())
+        lines.append(
+            f'| W{bits}A{bits} | {iters} | {variant} | {best[0]}, {best[1]}, {best[2]} | {mean(values):.3f} | {spread} | {worst:.2f} |'
+        )
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--suite', choices=('sweep', 'variants'), default='sweep')
+    parser.add_argument('--variants', nargs='+', default=['plain', 'plain+coop', 'plain+wcc', 'odm', 'odm naive'])
+    parser.add_argument('--bits', nargs='+', type=int, default=[2, 4])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--iters', type=int, default=100)
+    parser.add_argument('--init', default='mse')
+    parser.add_argument('--range_lr', type=float, default=10)
+    parser.add_argument('--w_granularity', default='tensor')
+    parser.add_argument('--jobs', type=int, default=1)
+    parser.add_argument('--out', type=Path, default=Path('sweep'))
+    parser.add_argument('--command', default='-m basicsr_quant', help='what python runs')
+    parser.add_argument('--table', action='store_true', help='print the table of what is there and stop')
+    args = parser.parse_args()
+    results = args.out / 'results.jsonl'
+    if args.table:
+        print(table(results))
+        return
+    data = Path(os.environ['BASICSR_QUANT_DATA'])
+    args.out.mkdir(parents=True, exist_ok=True)
+    make_pairs(data, args.out / 'pairs')
+    known = {run_name(json.loads(line)) for line in results.read_text().splitlines()} if results.exists() else set()
+    todo = [run for run in suite(args.suite, args) if run_name(run) not in known]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done in pool.map(lambda run: train(run, args, data), todo):
+            if done is not None:
+                with results.open('a') as file:
+                    file.write(json.dumps(done) + '\n')
+                print(run_name(done), done['psnr'], flush=True)
+
+
+if __name__ == '__main__':
+    main()
