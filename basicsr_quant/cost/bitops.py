@@ -1,0 +1,146 @@
+"""BitOPs, bits of features and bytes of weights as sums over a trace and a plan. No network is needed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from ..network.plan import FLOAT_BITS, LayerPlan, Plan
+from ..network.trace import LayerTrace
+from .sizing import SizedTrace
+
+FORMULA = (
+    'macs = multiply-accumulates of convolutions, linear layers and matrix products for one output of {size}; '
+    'bitops = sum of macs x w_bits x a_bits, floating point counted as 32 bits; '
+    'weight_bytes = quantized weights at w_bits, rounded up for each tensor, all other parameters as stored, '
+    'and the ranges of quantizers; '
+    'fab = mean of a_bits over the activation quantizers, without first and last layers at 8 bits; '
+    'fab_mac = the same, weighted by macs'
+)
+_ENDS = ('first layer', 'last layer')
+_END_BITS = 8
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One row: a layer, or a module that multiplies matrices of its own.
+
+    Bits are means over images where a method chooses them for each image.
+    """
+
+    layer: str
+    type: str
+    macs: int
+    w_bits: float
+    a_bits: float
+    bitops: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs for one output image.
+
+    Args:
+        macs: Multiply-accumulates.
+        bitops: Sum of MAC x w_bits x a_bits; floating point counts 32.
+        weight_bytes: Bytes of all parameters and ranges as the plan would store them.
+        range_bytes: The part of ``weight_bytes`` that quantizers add. 0 if the network is not quantized yet.
+        float_bitops, float_weight_bytes: The same network in floating point.
+        fab, fab_mac: Mean bits of activations, over layers and weighted by MACs; None without activation quantizers.
+        output_size, input_size: Width and height in pixels.
+        formula: What the numbers mean, in one line.
+        not_counted: Operators whose arithmetic no number here holds.
+        notes: What else one must know to compare the numbers.
+        layers: One row for each layer.
+    """
+
+    macs: int
+    bitops: int
+    weight_bytes: int
+    range_bytes: int
+    float_bitops: int
+    float_weight_bytes: int
+    fab: float | None
+    fab_mac: float | None
+    output_size: tuple[int, int]
+    input_size: tuple[int, int] | None
+    formula: str
+    not_counted: tuple[str, ...]
+    notes: tuple[str, ...]
+    layers: tuple[LayerCost, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the ``cost`` object of ``metrics.json``: dictionaries, lists, strings and numbers only."""
+        plain = asdict(self)
+        for key in ('output_size', 'input_size', 'not_counted', 'notes', 'layers'):
+            plain[key] = None if plain[key] is None else list(plain[key])
+        return plain
+
+
+def cost_of(sized: SizedTrace, plan: Plan | None, bits: Mapping[str, tuple[float, float]] | None = None) -> Cost:
+    """Sum up what the traced network costs under ``plan``.
+
+    Args:
+        sized: From :func:`basicsr_quant.cost.trace_at`; the network may be quantized already or not.
+        plan: Bits of each layer; None for a network in floating point. Layers that it does not name are in floating
+            point, matrix products of attention among them.
+        bits: Layer -> (w_bits, a_bits) as measured, in place of the plan's, for methods that choose bits.
+
+    Raises:
+        ValueError: if ``bits`` names a layer that was not traced.
+    """
+    traced = {layer.name: layer for layer in sized.trace.layers + sized.trace.functional}
+    in_force = {layer.layer: (float(layer.w_bits), float(layer.a_bits)) for layer in plan or ()}
+    in_force.update(bits or {})
+    unknown = sorted(set(bits or ()) - set(traced))
+    if unknown:
+        raise ValueError(f'measured bits name layers that the network does not run: {", ".join(unknown)}')
+    rows = tuple(_row(layer, sized, in_force) for layer in traced.values())
+    stored = sum(layer.weight_bytes for layer in traced.values())
+    others = sized.trace.parameter_bytes - stored
+    macs = sum(row.macs for row in rows)
+    ends = {sized.trace.layers[0].name, sized.trace.layers[-1].name} if sized.trace.layers else set()
+    adaptive = [layer.layer for layer in plan or () if layer.layer in traced and _counts_for_fab(layer, ends)]
+    weights = [(in_force[name][1], sized.macs(traced[name].macs)) for name in adaptive]
+    total = sum(weight for _, weight in weights)
+    return Cost(
+        macs=macs,
+        bitops=sum(row.bitops for row in rows),
+        weight_bytes=sum(row.weight_bytes for row in rows) + others + sized.trace.range_bytes,
+        range_bytes=sized.trace.range_bytes,
+        float_bitops=macs * FLOAT_BITS**2,
+        float_weight_bytes=sized.trace.parameter_bytes,
+        fab=sum(bits_ for bits_, _ in weights) / len(weights) if weights else None,
+        fab_mac=sum(bits_ * weight for bits_, weight in weights) / total if total else None,
+        output_size=sized.output_size,
+        input_size=sized.input_size,
+        formula=FORMULA.format(size='x'.join(map(str, sized.output_size))),
+        not_counted=sized.trace.not_counted,
+        notes=sized.notes,
+        layers=rows,
+    )
+
+
+def _row(layer: LayerTrace, sized: SizedTrace, in_force: Mapping[str, tuple[float, float]]) -> LayerCost:
+    w_bits, a_bits = in_force.get(layer.name, (FLOAT_BITS, FLOAT_BITS))
+    macs = sized.macs(layer.macs)
+    quantized = w_bits < FLOAT_BITS and layer.weight_numel
+    return LayerCost(
+        layer=layer.name,
+        type=layer.type,
+        macs=macs,
+        w_bits=w_bits,
+        a_bits=a_bits,
+        bitops=round(macs * w_bits * a_bits),
+        weight_bytes=ceil(layer.weight_numel * w_bits / 8) if quantized else layer.weight_bytes,
+    )
+
+
+def _counts_for_fab(layer: LayerPlan, ends: set[str]) -> bool:
+    """False for layers whose input stays in floating point, and for first and last layers held at 8 bits, whether the
+    scope or a rule of the user's holds them there."""
+    fixed_end = layer.why in _ENDS or (layer.layer in ends and layer.why.startswith('layers:'))
+    return layer.a_bits < FLOAT_BITS and not (fixed_end and layer.a_bits == _END_BITS)
