@@ -304,7 +304,7 @@ def test_default_input(net, shape):
     [
         (nn.ReLU(), None, 'ReLU has neither a convolution nor a linear layer'),
         (Network(lambda net, x, y: x, layer=conv()), None, 'missing 1 required positional argument'),
-        (conv(), (1, 4, 8, 8), r'does not run on one input of shape 1x4x8x8: RuntimeError: .*channels'),
+        (conv(), (1, 4, 8, 8), r'does not run on an input of shape 1x4x8x8: RuntimeError: .*channels'),
     ],
 )
 def test_a_network_that_does_not_run_is_refused(net, shape, message):

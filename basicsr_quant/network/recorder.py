@@ -28,7 +28,7 @@ _MORE_FORMULAS = {
 _NO_ARITHMETIC = MOVES | names("""
     zeros ones zeros_like ones_like new_zeros new_ones zero empty empty_like new_empty empty_strided fill full full_like
     new_full scalar_tensor arange copy constant_pad_nd masked_fill scatter index_put unfold _unsafe_view _reshape_alias
-    as_strided native_dropout
+    as_strided native_dropout squeeze unsqueeze transpose t detach
 """)
 
 

@@ -16,6 +16,9 @@ from ..quantizers.quantizer import Quantizer
 from .recorder import CallRecord, Recording, first_tensor, record
 from .scope import WEIGHT_LAYERS
 
+_CLIPS = ((1, 5, 3, 64, 64), (1, 7, 3, 64, 64))
+"""Shapes for video networks, tried last."""
+
 _SIZES = (32, 64, 48, 56, 128)
 """Sides of the dummy input, tried in this order: windows of 8 and 16 fit 32, windows of 7 fit 56."""
 
@@ -109,9 +112,9 @@ def trace(net: nn.Module, input_shape: tuple[int, ...] | None = None, *, compute
             except Exception as error:  # anything may go wrong in a forward that was made for other inputs
                 reason = error if index == 0 else reason
     said = ' '.join(str(reason).split())[:200]
-    tried = ', '.join('x'.join(map(str, shape)) for shape in shapes)
+    tried = 'x'.join(map(str, shapes[0])) + (f' (nor of {len(shapes) - 1} other shapes)' if shapes[1:] else '')
     raise QuantError(
-        f'the layers of {type(net).__name__} cannot be listed, because it does not run on one input of shape {tried}: '
+        f'the layers of {type(net).__name__} cannot be listed, because it does not run on an input of shape {tried}: '
         f'{type(reason).__name__}: {said}'
     ) from reason
 
@@ -123,10 +126,10 @@ def _default_shapes(net: nn.Module) -> list[tuple[int, ...]]:
         if dimensions == 1:
             return [(1, first.in_channels, size) for size in _SIZES]
         if dimensions == 3:
-            return [(1, first.in_channels, 8, size, size) for size in _SIZES]
-        # 3 and 1 channels: images that are unshuffled before the first convolution; 5 frames: short videos
+            return [*((1, first.in_channels, 8, size, size) for size in _SIZES), *_CLIPS]
+        # 3 and 1 channels: images that are unshuffled before the first convolution
         images = [(1, c, size, size) for c in dict.fromkeys((first.in_channels, 3, 1)) for size in _SIZES]
-        return [*images, (1, 5, 3, 64, 64)]
+        return [*images, *_CLIPS]
     for module in net.modules():
         if isinstance(module, nn.Linear):
             return [(1, module.in_features)]
