@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .. import random_state
 from ..errors import QuantError
 from ..quantizers.quantizer import Quantizer
 from .recorder import CallRecord, Recording, first_tensor, record
@@ -87,7 +88,7 @@ class NetworkTrace:
 
 
 def trace(net: nn.Module, input_shape: tuple[int, ...] | None = None, *, compute: bool = True) -> NetworkTrace:
-    """Run ``net`` once and report its layers; the network and torch's random state stay as they were.
+    """Run ``net`` once and report its layers; the network and all random states stay as they were.
 
     The pass runs on a copy on the meta device, which computes shapes only. A network that cannot (its forward reads
     values, or an operator has no shape function) runs in place, in evaluation mode, on its own device.
@@ -106,7 +107,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...] | None = None, *, compute
     for run in (_run_on_meta, _run_in_place) if compute else (_run_on_meta,):
         for index, shape in enumerate(shapes):
             try:
-                with torch.random.fork_rng(devices=_cuda_devices(net)):
+                with random_state.preserved(), torch.random.fork_rng(devices=_cuda_devices(net)):
                     recording = run(net, shape)
                 return _report(net, shape, recording)
             except Exception as error:  # anything may go wrong in a forward that was made for other inputs

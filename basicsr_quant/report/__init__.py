@@ -1,0 +1,1 @@
+"""What people read: result files, tables, the card of a plan."""
