@@ -77,8 +77,8 @@ def _cost(cost: Cost) -> list[str]:
         'BitOPs': (cost.bitops, cost.float_bitops),
         'weight bytes': (cost.weight_bytes, cost.float_weight_bytes),
     }
-    rows: list[list[object]] = [
-        *([name, here, floating, _ratio(here, floating)] for name, (here, floating) in figures.items()),
+    rows: list[list[object]] = [[name, *pair, _ratio(*pair)] for name, pair in figures.items()]
+    rows += [
         ['of these ranges', cost.range_bytes, 0, None],
         ['FAB', _fixed(cost.fab, 2), 32, None],
         ['FAB by MACs', _fixed(cost.fab_mac, 2), 32, None],
