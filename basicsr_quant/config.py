@@ -24,14 +24,14 @@ class CalibrationConfig:
     """``quant.calibration``: where ranges come from.
 
     Args:
-        num_images: Number of images, the first ones of the data set.
+        num_images: Number of images, the first ones of the data set; by default 100, or all where there are fewer.
         patch_size: Side in LQ pixels of the centre crop taken from each image; 0 takes whole images. 96 in AdaBM.
         dataset: Options of any BasicSR data set; None is the training set (``basicsr train`` only).
     """
 
-    num_images: int = option(100, low=1)
+    num_images: Optional[int] = option(None, low=1)  # noqa: UP045 (read at run time, Python 3.9)
     patch_size: int = option(96, low=0)
-    dataset: Optional[dict] = None  # type: ignore[type-arg]
+    dataset: Optional[dict] = None  # type: ignore[type-arg]  # noqa: UP045
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class QuantConfig:
     scope: str = 'body'
     layers: Mapping[str, LayerRule] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    feature_scale: Optional[float] = None
-    calibration: Optional[CalibrationConfig] = None
+    feature_scale: float | None = None
+    calibration: CalibrationConfig | None = None
 
     def plan(self, net: nn.Module, trace_input: tuple[int, ...] | None = None) -> Plan:
         """Plan ``net``, an FP32 network. Which inputs are rectified is traced from its structure."""
@@ -71,8 +71,8 @@ class _Scalars:
     scope: str = option('body', choices=('body', 'all'))
     skip: str = option('fp', choices=('fp',))
     w_granularity: str = option('tensor', choices=('tensor', 'channel'))
-    zero_point: Optional[str] = option(None, choices=('float', 'integer'))
-    feature_scale: Union[float, str] = 'auto'
+    zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045 (as above)
+    feature_scale: Union[float, str] = 'auto'  # noqa: UP007
     reference_compat: bool = False
 
 

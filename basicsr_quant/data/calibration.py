@@ -13,6 +13,7 @@ from ..config import CalibrationConfig
 from ..errors import QuantError
 from ..random_state import preserved, seeded
 
+_IMAGES = 100
 _WHOLE_IMAGES = ('PairedImageDataset', 'SingleImageDataset')
 _MULTIPLE = 8
 """Crops are cut to a multiple of this many pixels, so that networks with windows take them."""
@@ -68,18 +69,27 @@ def calibration_images(
     with preserved():
         dataset = build_dataset(options)
         loader = build_dataloader(dataset, options, num_gpu=0, dist=False, sampler=None, seed=seed)
-    if len(dataset) < config.num_images:
-        where = options.get('dataroot_lq', options.get('dataroot_gt'))
-        raise QuantError(
-            f'quant.calibration.num_images: {config.num_images} given, but {where} holds {len(dataset)} images'
-        )
+    count = number_of_images(config, len(dataset), options)
     batches = iter(())
-    for index in range(config.num_images):
+    for index in range(count):
         with seeded(seed, index):
             if index == 0:
                 batches = iter(loader)
             lq = to_lq(next(batches))
         yield centre_crop(lq, config.patch_size)
+
+
+def number_of_images(config: CalibrationConfig, there: int, options: Mapping[str, Any]) -> int:
+    """How many of the ``there`` images of a data set calibration takes.
+
+    Raises:
+        QuantError: if it has fewer than ``quant.calibration.num_images`` asks for, or none.
+    """
+    if there < (config.num_images or 1):
+        where = options.get('dataroot_lq', options.get('dataroot_gt'))
+        asked = f'{config.num_images} given' if config.num_images else 'at least 1 needed'
+        raise QuantError(f'quant.calibration.num_images: {asked}, but {where} holds {there} images')
+    return config.num_images or min(there, _IMAGES)
 
 
 def centre_crop(image: Tensor, size: int) -> Tensor:

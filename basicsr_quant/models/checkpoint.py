@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class NetworkFile:
     """
 
     path: str
-    states: Mapping[Optional[str], dict[str, Tensor]]
+    states: Mapping[str | None, dict[str, Tensor]]
     plan: Plan | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,7 +62,7 @@ def read_network_file(path: str) -> NetworkFile:
         raise QuantError(f'{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}') from None
     if not isinstance(content, Mapping):
         raise QuantError(f'{path} holds a {type(content).__name__}; a network file holds tensors by name')
-    states: dict[Optional[str], dict[str, Tensor]] = {
+    states: dict[str | None, dict[str, Tensor]] = {
         key: dict(value) for key, value in content.items() if key != 'quant' and _is_state(value)
     }
     if not states and _is_state(content):
@@ -93,7 +93,8 @@ def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool 
     unexpected = [k for k in state if k not in own]
     resized = [k for k in own if k in state and own[k].shape != state[k].shape]
     if strict and (missing or unexpected or resized):
-        raise QuantError(f'{file.path} is not of this network: ' + _differences(missing, unexpected, resized, own, state))
+        wrong = _differences(missing, unexpected, resized, own, state)
+        raise QuantError(f'{file.path} is not of this network: {wrong}')
     net.load_state_dict({k: v for k, v in state.items() if k in own and k not in resized}, strict=False)
 
 
@@ -118,7 +119,9 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
     assert file.plan is not None
     theirs = file.plan
     if theirs.method != plan.method:
-        raise QuantError(f"{file.path} was made with quant.method '{theirs.method}', the option file says '{plan.method}'")
+        raise QuantError(
+            f"{file.path} was made with quant.method '{theirs.method}', the option file says '{plan.method}'"
+        )
     for key, value in plan.settings.items():
         if key in ('zero_point', 'w_granularity') and theirs.settings.get(key) != value:
             raise QuantError(
@@ -131,7 +134,8 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
         if bits != (layer.w_bits, layer.a_bits):
             here = 'in floating point' if bits is None else f'W{bits[0]}A{bits[1]}'
             raise QuantError(
-                f"{file.path} has layer '{layer.layer}' at W{layer.w_bits}A{layer.a_bits}, the option file has it {here}"
+                f"{file.path} has layer '{layer.layer}' at W{layer.w_bits}A{layer.a_bits}, "
+                f'the option file has it {here}'
             )
     if ours:
         raise QuantError(f"{file.path} has layer '{next(iter(ours))}' in floating point, the option file quantizes it")

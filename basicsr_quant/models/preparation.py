@@ -9,9 +9,10 @@ from typing import Any
 from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 from torch import nn
 
-from ..config import QuantConfig, read_config
-from ..data.calibration import dataset_options
-from ..errors import QuantError, nearest
+from ..config import CalibrationConfig, QuantConfig, read_config
+from ..data.calibration import dataset_options, number_of_images
+from ..data.check import check_dataset
+from ..errors import QuantError
 from ..network.plan import Plan
 from ..random_state import preserved
 from . import checkpoint
@@ -25,6 +26,7 @@ def prepare(
     root: str,
     is_train: bool,
     debug: bool,
+    resuming: bool,
     asked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Check the ``quant:`` block against the rest of the option file and return what the model needs.
@@ -36,6 +38,7 @@ def prepare(
         root: The working directory, root of ``experiments/`` and ``results/``.
         is_train: Whether the host trains.
         debug: The host's ``--debug``, which renames the experiment.
+        resuming: The run goes on from a training state; ``path.pretrain_network_g`` is not read.
         asked: What the command line asked for beside the host's flags.
 
     Returns:
@@ -49,11 +52,12 @@ def prepare(
     name = f'debug_{raw["name"]}' if debug and not raw['name'].startswith('debug') else raw['name']
     experiment = os.path.join(root, 'experiments', name)
     path, key, note = _choose_checkpoint(raw, command, experiment, plan, is_train, asked.get('checkpoint'))
-    file = None
-    if path is not None:
-        file = checkpoint.read_network_file(path)
-        _check_file(file, key, net, plan, strict=raw['path'].get('strict_load_g', True))
-    _check_calibration(raw, config, file, plan, path, is_train)
+    if not resuming:
+        file = None
+        if path is not None:
+            file = checkpoint.read_network_file(path)
+            _check_file(file, key, net, plan, strict=raw['path'].get('strict_load_g', True))
+        _check_calibration(raw, config, file, plan, path, is_train)
     return {
         'plan': plan,
         'calibration': config.calibration,
@@ -72,13 +76,10 @@ def build_float(network: Mapping[str, Any]) -> nn.Module:
     """Build the FP32 network of ``network_g`` without touching the random state.
 
     Raises:
-        QuantError: for an unknown type, or options the architecture does not take.
+        QuantError: for options that the architecture does not take.
     """
     options = {k: v for k, v in network.items() if k != 'type'}
-    kind = network.get('type')
-    known = list(ARCH_REGISTRY.keys())
-    if kind not in known and f'{kind}_basicsr' not in known:
-        raise QuantError(f'network_g.type: {kind!r} is not a registered architecture{nearest(kind, known)}')
+    kind = network['type']
     try:
         with preserved():
             return ARCH_REGISTRY.get(kind)(**options)  # type: ignore[no-any-return]
@@ -91,11 +92,7 @@ def _check_model(model_type: str, config: QuantConfig, is_train: bool) -> None:
     from basicsr.models.srgan_model import SRGANModel
     from basicsr.models.video_base_model import VideoBaseModel
 
-    known = list(MODEL_REGISTRY.keys())
-    name = model_type if model_type in known else f'{model_type}_basicsr'
-    if name not in known:
-        raise QuantError(f'model_type: {model_type!r} is not a registered model{nearest(model_type, known)}')
-    cls = MODEL_REGISTRY.get(name)
+    cls = MODEL_REGISTRY.get(model_type)
     if not (isinstance(cls, type) and issubclass(cls, SRModel)):
         raise QuantError(f'model_type: {model_type} does not derive from SRModel, so quant: cannot be used with it')
     if is_train and config.method != 'none' and issubclass(cls, (SRGANModel, VideoBaseModel)):
@@ -163,13 +160,12 @@ def _check_calibration(
             f'{path} is an FP32 file and has no ranges; add quant.calibration (LQ images), or train first, '
             'or name a quantized file by --checkpoint'
         )
-    from ..config import CalibrationConfig
-
     train = raw['datasets'].get('train') if is_train else None
-    options = dataset_options(config.calibration or CalibrationConfig(), train, raw.get('scale', 1))
-    from ..data.check import check_dataset
-
-    check_dataset(options, 'quant.calibration.dataset')
+    wanted = config.calibration or CalibrationConfig()
+    options = dataset_options(wanted, train, raw.get('scale', 1))
+    there = check_dataset(options, 'quant.calibration.dataset')
+    if there is not None:
+        number_of_images(wanted, there, options)
     folder = options.get('dataroot_lq') or options.get('dataroot_gt')
     for name, other in raw['datasets'].items():
         if name.split('_')[0] in ('val', 'test') and folder in (other.get('dataroot_lq'), other.get('dataroot_gt')):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ logger = logging.getLogger('basicsr')
 
 
 @MODEL_REGISTRY.register()
-def QuantizedModel(opt: dict[str, Any]) -> Any:  # noqa: N802 (the registered name)
+def QuantizedModel(opt: dict[str, Any]) -> Any:
     """Build the host model that the option file names, combined with :class:`QuantizedModelMixin`."""
     base = MODEL_REGISTRY.get(opt['quant_run']['model_type'])
     return type(f'Quantized{base.__name__}', (QuantizedModelMixin, base), {})(opt)
@@ -94,13 +95,15 @@ class QuantizedModelMixin:
         options = dataset_options(config, train, self.opt.get('scale', 1))
         start = time.time()
         net = self._bare()
+        _same_on_all_ranks(net.state_dict())  # without a checkpoint each rank has drawn its own weights
         before = set(vars(self))
         images = calibration_images(config, options, self._to_lq, self.opt['manual_seed'])
         seen = self._method.calibrate(net, images)
         for name in set(vars(self)) - before:  # what feed_data left behind
             delattr(self, name)
-        self._calibration = {'feature_scale': seen.feature_scale, 'images': seen.images}
-        _same_on_all_ranks(net)
+        scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=self.device)  # type: ignore[attr-defined]
+        _same_on_all_ranks({**net.state_dict(), 'feature scale': scale})
+        self._calibration = {'feature_scale': float(scale), 'images': seen.images}
         logger.info(
             'Calibrated %d quantizers (method %s) on %d images of %s in %.1f s; feature scale c = %.4g.',
             len(quantizers(net)), self._run['plan'].method, seen.images, options['name'], time.time() - start,
@@ -190,10 +193,8 @@ def _copy_quantizers(source: nn.Module, target: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _same_on_all_ranks(net: nn.Module) -> None:
-    """Take rank 0's ranges everywhere: all ranks saw the same images, this makes it exact."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for name, tensor in net.state_dict().items():
-        if name.startswith(tuple(f'{q}.' for q in quantizers(net))):
+def _same_on_all_ranks(state: Mapping[str, Tensor]) -> None:
+    """Take rank 0's values everywhere, in place. All ranks see the same images; this makes their ranges exactly equal."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in state.values():
             dist.broadcast(tensor, src=0)

@@ -1,0 +1,114 @@
+"""``basicsr bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from .. import option_file
+from ..errors import QuantError
+
+name = 'bench'
+help = 'time and memory of the training step, quantized over plain, as ratios in one run'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the option file and what to measure."""
+    parser.add_argument('-opt', required=True, metavar='FILE', help='option file; network, batch and patch are its own')
+    parser.add_argument('--methods', nargs='+', metavar='METHOD', help='methods to compare (default: the file\'s)')
+    parser.add_argument('--pairs', type=int, default=10, help='pairs of steps, plain and quantized in turn')
+    parser.add_argument('--batch', type=int, help='batch size instead of the file\'s')
+    parser.add_argument('--patch', type=int, help='side of the LQ patch instead of the file\'s gt_size / scale')
+    parser.add_argument('--threads', type=int, help='threads of torch (default: torch\'s own choice)')
+    parser.add_argument('--memory-of', help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a table of ratios."""
+    if args.pairs < 1:
+        raise QuantError(f'--pairs {args.pairs}: a whole number of at least 1 is needed')
+    raw = option_file.read(option_file.find(args.opt))
+    import basicsr_quant
+
+    basicsr_quant.enable()
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    net, batch = _network(raw), _batch(raw, args)
+    methods = args.methods or [(raw.get('quant') or {}).get('method')]
+    if args.memory_of is not None:
+        from ..report.step_time import peak_memory
+
+        plan = None if args.memory_of == 'plain' else _plan(raw, net, args.memory_of)
+        print(peak_memory(net, plan, batch))
+        return
+    from ..report.step_time import compare_steps
+    from ..report.tables import markdown
+
+    plain_bytes = _memory(args, 'plain')
+    rows = []
+    for method in methods:
+        plan = _plan(raw, net, method)
+        found = compare_steps(net, plan, batch, args.pairs)
+        grown = _memory(args, method)
+        rows.append([
+            str(method), f'{found.ratio:.2f}x', f'{found.low:.2f}-{found.high:.2f}', f'{grown / plain_bytes:.2f}x',
+        ])  # fmt: skip
+    lq = batch[0]
+    shape = 'x'.join(map(str, lq.shape))
+    print(f'basicsr bench -opt {args.opt}: training step on {lq.device.type}, {torch.get_num_threads()} threads, '
+          f'batch {shape}, {args.pairs} pairs in turn; plain step {found.plain_seconds:.3f} s, '
+          f'+{plain_bytes / 2**20:.0f} MiB')  # fmt: skip
+    print(markdown(['method', 'step time (median)', 'least-greatest pair', 'peak memory'], rows))
+
+
+def _network(raw: dict[str, Any]) -> Any:
+    import torch
+
+    from ..models.preparation import build_float
+
+    for key in ('network_g', 'datasets', 'scale'):
+        if key not in raw:
+            raise QuantError(f'{key} is missing; `basicsr bench` reads it')
+    device = 'cuda' if raw.get('num_gpu') != 0 and torch.cuda.is_available() else 'cpu'
+    return build_float(raw['network_g']).to(device)
+
+
+def _batch(raw: dict[str, Any], args: argparse.Namespace) -> Any:
+    import torch
+
+    train, scale = raw['datasets'].get('train', {}), raw['scale']
+    size = args.patch or train.get('gt_size', 192) // scale
+    count = args.batch or train.get('batch_size_per_gpu', 4)
+    device = 'cuda' if raw.get('num_gpu') != 0 and torch.cuda.is_available() else 'cpu'
+    generator = torch.Generator().manual_seed(0)
+    sides = (size, size * scale)
+    channels = raw['network_g'].get('num_in_ch', 3)
+    lq, gt = (torch.rand(count, channels, side, side, generator=generator).to(device) for side in sides)
+    return lq, gt
+
+
+def _plan(raw: dict[str, Any], net: Any, method: str | None) -> Any:
+    from ..config import read_config
+
+    block = dict(raw.get('quant') or {})
+    if method is None:
+        raise QuantError('quant.method is missing in the option file; give it there, or by --methods')
+    block = {k: v for k, v in block.items() if k != block.get('method') or k == method}
+    return read_config({**block, 'method': method}).plan(net)
+
+
+def _memory(args: argparse.Namespace, of: str) -> int:
+    """Peak memory in a process of its own: a peak never goes down again."""
+    import subprocess
+
+    command = [sys.executable, '-m', 'basicsr_quant', 'bench', '-opt', args.opt, '--memory-of', of]
+    for flag in ('batch', 'patch', 'threads'):
+        if getattr(args, flag):
+            command += [f'--{flag}', str(getattr(args, flag))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise QuantError(f'measuring the memory of {of} failed: {done.stderr.strip().splitlines()[-1]}')
+    return int(done.stdout.split()[-1])
