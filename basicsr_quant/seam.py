@@ -12,6 +12,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from . import option_file
@@ -46,7 +47,7 @@ def _wrap(host: Any) -> Any:
         _import_components(raw.get('imports'))
         if not is_train:
             _keep_test_sets(raw)
-        prepared = _prepare(raw, command, root_path, is_train, given.debug)
+        prepared = _prepare(raw, command, root_path, is_train, given)
         opt, args = host(root_path, is_train=is_train)
         if not is_train:
             _keep_test_sets(opt)
@@ -63,6 +64,7 @@ def _read_command_line() -> argparse.Namespace:
     parser.add_argument('-opt', required=True)
     parser.add_argument('--force_yml', nargs='+')
     parser.add_argument('--debug', action='store_true')
+    parser.add_argument('--auto_resume', action='store_true')
     return parser.parse_known_args(sys.argv[1:])[0]
 
 
@@ -105,11 +107,14 @@ def _keep_test_sets(opt: dict[str, Any]) -> None:
     raise QuantError(f"datasets holds {', '.join(sets) or 'nothing'}; `basicsr test` needs a data set test* or val*")
 
 
-def _prepare(raw: dict[str, Any], command: str, root: str, is_train: bool, debug: bool) -> dict[str, Any] | None:
+def _prepare(
+    raw: dict[str, Any], command: str, root: str, is_train: bool, given: argparse.Namespace
+) -> dict[str, Any] | None:
     from .data.check import check_options
     from .models.preparation import prepare
 
-    check_options(raw, is_train)
+    resuming = is_train and _resumes(raw, root, given)
+    check_options(raw, is_train, resuming)
     if 'sparsity' in raw:
         raise QuantError('sparsity is not available in this version; remove the block')
     block = raw.get('quant')
@@ -117,7 +122,16 @@ def _prepare(raw: dict[str, Any], command: str, root: str, is_train: bool, debug
         if command == 'train' or not _REQUEST:
             return None
         block = {'method': 'none'}
-    return prepare(raw, block, command=command, root=root, is_train=is_train, debug=debug, asked=_REQUEST)
+    wanted = {'command': command, 'root': root, 'is_train': is_train, 'debug': given.debug}
+    return prepare(raw, block, resuming=resuming, asked=_REQUEST, **wanted)
+
+
+def _resumes(raw: Mapping[str, Any], root: str, given: argparse.Namespace) -> bool:
+    path, name = raw.get('path'), raw.get('name')
+    if isinstance(path, Mapping) and path.get('resume_state'):
+        return True
+    states = Path(root, 'experiments', str(name), 'training_states')
+    return bool(given.auto_resume and any(states.glob('*.state')))
 
 
 def _rewrite(opt: dict[str, Any], prepared: dict[str, Any]) -> None:

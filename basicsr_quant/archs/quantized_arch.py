@@ -12,7 +12,7 @@ from ..network.plan import Plan
 
 
 @ARCH_REGISTRY.register()
-def QuantizedNetwork(base_type: str, plan: Plan, **network: Any) -> nn.Module:  # noqa: N802 (the registered name)
+def QuantizedNetwork(base_type: str, plan: Plan, **network: Any) -> nn.Module:
     """Build ``base_type`` with its own options and apply ``plan``.
 
     The options stay flat in ``network_g`` (host models read some of them there, such as ``window_size``), so that the

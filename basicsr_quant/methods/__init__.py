@@ -3,4 +3,16 @@
 from . import lsq, none, observed, odm, pams
 from .base import METHODS, Method, Training, method_of, quantize, settings_of
 
-__all__ = ['METHODS', 'Method', 'Training', 'lsq', 'method_of', 'none', 'observed', 'odm', 'pams', 'quantize', 'settings_of']
+__all__ = [
+    'METHODS',
+    'Method',
+    'Training',
+    'lsq',
+    'method_of',
+    'none',
+    'observed',
+    'odm',
+    'pams',
+    'quantize',
+    'settings_of',
+]

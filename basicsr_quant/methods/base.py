@@ -176,7 +176,7 @@ class Training:
 def settings_of(method: str, **settings: Any) -> dict[str, Any]:
     """Plain settings of a plan: the method's defaults, with ``settings`` over them."""
     cls = METHODS[method]
-    options = read(cls.Options, settings.pop('options', None), f'quant.{method}')
+    options: Any = read(cls.Options, settings.pop('options', None), f'quant.{method}')
     plain: dict[str, Any] = {
         'zero_point': cls.default_zero_point,
         'w_granularity': 'tensor',

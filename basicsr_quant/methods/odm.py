@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class ODM(Method):
     """
 
     name = 'odm'
-    Options: type = ODMOptions
+    Options: ClassVar[type] = ODMOptions
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         if self.options.offsets and isinstance(module, nn.Conv2d):

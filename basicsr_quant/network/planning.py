@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Optional
+from typing import Any
 
 from torch import nn
 
@@ -22,8 +22,8 @@ _END_BITS = 8
 class LayerRule:
     """What an entry of ``quant.layers`` says: bits for weight and input, or floating point (both 32)."""
 
-    w_bits: Optional[int] = None
-    a_bits: Optional[int] = None
+    w_bits: int | None = None
+    a_bits: int | None = None
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,9 @@ def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_we
 
 def begin_pass(net: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Forward pre-hook of the root network."""
-    if inputs:
-        net._quant_context.begin(inputs[0])  # type: ignore[union-attr]
+    context = net._quant_context
+    if inputs and isinstance(context, QuantContext):
+        context.begin(inputs[0])
 
 
 def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:

@@ -195,8 +195,8 @@ def search_mse_range(
     lower, upper = low, high
     for _ in range(3):
         before = (lower, upper)
-        upper = _search(rows, high, candidates, lambda u, fixed=lower: (torch.minimum(fixed, u), u), bits, narrow_range)
-        lower = _search(rows, low, candidates, lambda v, fixed=upper: (torch.minimum(v, fixed), fixed), bits, narrow_range)
+        upper = _search(rows, high, candidates, lambda u, v=lower: (torch.minimum(v, u), u), bits, narrow_range)
+        lower = _search(rows, low, candidates, lambda v, u=upper: (torch.minimum(v, u), u), bits, narrow_range)
         if torch.equal(before[0], lower) and torch.equal(before[1], upper):
             break
     return lower, upper

@@ -21,6 +21,8 @@ class OffsetRange(LearnedRange):
         channels: Number C of channels of the input (N, C, H, W).
     """
 
+    selected: Tensor
+
     def __init__(self, bits: int, channels: int, **kwargs: Any) -> None:
         super().__init__(bits, **kwargs)
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1), requires_grad=False)
