@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         prog='basicsr',
         description='Train, calibrate, test and deploy quantized super-resolution networks with BasicSR.',
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=20, width=110))
     top.add_argument('--version', action='version', version=f'basicsr_quant {__version__}')
     places = top.add_subparsers(title='commands', dest='command', metavar='COMMAND', parser_class=_Parser)
     for name, module in commands().items():

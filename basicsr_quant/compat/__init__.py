@@ -32,7 +32,7 @@ def has_host() -> bool:
 def missing_host() -> QuantError:
     """Return the error for a machine without BasicSR; it gives the two commands that install it."""
     commands = '\n'.join(f'  {line}' for line in INSTALL)
-    return QuantError(f'BasicSR is not installed; these two commands install it (Python 3.9 to 3.12):\n{commands}')
+    return QuantError(f'BasicSR is not installed; these two commands install it (Python 3.10 to 3.12):\n{commands}')
 
 
 def apply() -> list[str]:
