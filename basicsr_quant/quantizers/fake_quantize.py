@@ -7,6 +7,7 @@ from typing import Any, Union
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Bits = Union[int, float, Tensor]
 
@@ -97,9 +98,9 @@ def fake_quantize(
 
 
 def _width(lower: Tensor, upper: Tensor) -> Tensor:
-    """u - l, kept above zero: a collapsed range must not divide by zero."""
+    """u - l, kept above zero and finite: neither a collapsed nor an overflowing range may give NaN."""
     floor = torch.maximum(lower.abs(), upper.abs()).detach() * 1e-7 + 1e-30
-    return torch.maximum(upper - lower, floor)
+    return torch.maximum(upper - lower, floor).clamp(max=torch.finfo(lower.dtype).max)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -111,26 +112,39 @@ def _sum_to(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum_to_size(like.shape) if like.dim() else grad.sum()
 
 
+def _grid(
+    lower: Tensor, upper: Tensor, bits: Bits, narrow: bool, integer: bool
+) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor]:
+    """Step, whole and fractional part of the zero point, number of steps. An integer zero point has no fraction."""
+    n = num_steps(bits, narrow)
+    step = _width(lower, upper) / n
+    offset = -lower / step
+    whole = offset.round()
+    if integer:
+        return step, whole, None, n
+    # What is left of a whole zero point by rounding is dropped: a symmetric grid then holds zero itself.
+    fraction = offset - whole
+    noise = 4 * torch.finfo(step.dtype).eps * n
+    return step, whole, torch.where(fraction.abs() > noise, fraction, 0.0), n
+
+
 class _FakeQuantize(torch.autograd.Function):
     """q and its gradients. One range on the CPU takes a path with scalar bounds and few passes over memory; every
-    other case takes the plain one, which is the reference. They agree up to the rounding of float32 sums (tested)."""
+    other case takes the plain one, which is the reference. With an integer zero point they agree to the bit, with a
+    float one up to float32 rounding (tested)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lower: Tensor, upper: Tensor, bits: Bits, narrow: bool, integer: bool) -> Tensor:
-        n = num_steps(bits, narrow)
-        ctx.narrow = narrow
+        step, whole, fraction, n = _grid(lower, upper, bits, narrow, integer)
+        ctx.narrow, ctx.integer = narrow, integer
         ctx.scalar = _is_scalar_case(x, lower, upper, bits)
-        width = _width(lower, upper)
-        step = width / n
-        offset = -lower / step
-        whole = offset.round()
         if ctx.scalar:
-            q = _quantize_scalar(x, float(step), float(whole), 0.0 if integer else float(offset - whole), float(n))
+            q = _quantize_scalar(x, float(step), float(whole), 0.0 if fraction is None else float(fraction), float(n))
         else:
-            q = _quantize(x, step, whole, None if integer else offset - whole, n)
+            q = _quantize(x, step, whole, fraction, n).to(x.dtype)
         bits_tensor = bits if isinstance(bits, Tensor) else None
         ctx.bits = None if bits_tensor is not None else bits
-        ctx.save_for_backward(x, q, lower, upper, bits_tensor)
+        ctx.save_for_backward(x, q if q.dtype == lower.dtype else None, lower, upper, bits_tensor)
         return q
 
     @staticmethod
@@ -141,18 +155,24 @@ class _FakeQuantize(torch.autograd.Function):
             gx, gl, gu = _gradients_scalar(grad, x, q, lower, upper, need_lower or need_upper)
             return gx, gl, gu, None, None, None
         dtype = lower.dtype
-        x, q, grad_f = x.to(dtype), q.to(dtype), grad.to(dtype)
+        x, grad_f = x.to(dtype), grad.to(dtype)
         above, below = x > upper, x < lower
-        inside = grad_f.masked_fill(above | below, 0.0)
+        outside = above | below
+        inside = grad_f.masked_fill(outside, 0.0)
         gl = gu = gb = None
+        if need_lower or need_upper or need_bits:
+            if q is None:  # half precision: a q rounded to it would drown q - x at eight bits
+                bits = ctx.bits if bits_tensor is None else bits_tensor
+                q = _quantize(x, *_grid(lower, upper, bits, ctx.narrow, ctx.integer))
+            rounding = inside * (q - x).masked_fill(outside, 0.0)  # both factors: zero times an infinite x is NaN
         if need_lower or need_upper:
-            rounding = inside * (q - x) / _width(lower, upper)
-            gu = _sum_to(rounding + grad_f * above, upper)
-            gl = _sum_to(grad_f * below - rounding, lower)
+            share = rounding / _width(lower, upper)
+            gu = _sum_to(share + grad_f * above, upper)
+            gl = _sum_to(grad_f * below - share, lower)
         if need_bits:
             levels = torch.exp2(bits_tensor)
             n = levels - (2 if ctx.narrow else 1)
-            gb = _sum_to(inside * (x - q) * (levels * _LN2 / n), bits_tensor)
+            gb = _sum_to(-rounding * (levels * _LN2 / n), bits_tensor)
         return (inside.to(grad.dtype) if need_x else None), gl, gu, gb, None, None
 
 
@@ -165,12 +185,13 @@ def _quantize(x: Tensor, step: Tensor, whole: Tensor, fraction: Tensor | None, n
     code = torch.minimum(torch.maximum(code.round(), -whole), n - whole)
     if fraction is not None:
         code = code - fraction
-    return (code * step).to(x.dtype)
+    return code * step
 
 
 def _is_scalar_case(x: Tensor, lower: Tensor, upper: Tensor, bits: Bits) -> bool:
     return (
         not torch.compiler.is_compiling()
+        and type(x) in (Tensor, Parameter)  # not a tensor that only stands for one, such as FakeTensor
         and x.device.type == 'cpu'
         and x.dtype == torch.float32
         and lower.numel() == 1
@@ -191,17 +212,15 @@ def _gradients_scalar(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     # hardtanh's backward masks in one pass, but leaves out the bounds themselves; one float beyond them keeps them in.
     infinity = torch.tensor(math.inf)
-    low, high = float(lower), float(upper)
-    inside = torch.ops.aten.hardtanh_backward(
-        grad, x, float(torch.nextafter(lower.detach(), -infinity)), float(torch.nextafter(upper.detach(), infinity))
-    )
+    low, high = torch.nextafter(lower.detach(), -infinity), torch.nextafter(upper.detach(), infinity)
+    inside = torch.ops.aten.hardtanh_backward(grad, x, float(low), float(high))
     if not need_range:
         return inside, None, None
-    width = float(_width(lower, upper))
     outside = grad - inside
-    total = outside.sum()
-    # Outside, q is one of the two bounds (A share at u, B share at l): A + B and A u + B l give both by two
-    # reductions and no mask.
-    above = (torch.dot(outside.reshape(-1), q.reshape(-1)) - low * total) / (high - low or width)
+    above = torch.ops.aten.threshold_backward(outside, x, float(upper)).sum()
+    below = outside.sum() - above
+    width = _width(lower, upper)
     rounding = torch.dot(inside.reshape(-1), (q - x).reshape(-1)) / width
-    return inside, (total - above - rounding).reshape(lower.shape), (above + rounding).reshape(upper.shape)
+    if not rounding.isfinite():  # an infinite x (zero times infinity), or a range whose sums overflow
+        rounding = (inside * ((q - x) / width).nan_to_num_(0.0, 0.0, 0.0)).sum()
+    return inside, (below - rounding).reshape(lower.shape), (above + rounding).reshape(upper.shape)
