@@ -12,7 +12,7 @@ from .errors import QuantError, nearest
 from .methods import METHODS, settings_of
 from .network.plan import FLOAT_BITS, Plan
 from .network.planning import LayerRule, PlanRequest, make_plan
-from .network.trace import trace
+from .network.trace import NetworkTrace
 from .schema import check_keys, option, read
 
 _BITS = (*range(2, 9), FLOAT_BITS)
@@ -47,19 +47,20 @@ class QuantConfig:
     feature_scale: float | None = None
     calibration: CalibrationConfig | None = None
 
-    def plan(self, net: nn.Module, trace_input: tuple[int, ...] | None = None) -> Plan:
-        """Plan ``net``, an FP32 network. Which inputs are rectified is traced from its structure."""
+    def plan(self, net: nn.Module, traced: NetworkTrace) -> Plan:
+        """Plan ``net``, an FP32 network; ``traced`` tells which inputs follow a ReLU.
+
+        Raises:
+            QuantError: if a glob matches no layer, or nothing is left to quantize.
+        """
         request = PlanRequest(self.method, self.w_bits, self.a_bits, self.scope, self.layers, self.settings)
-        plan = make_plan(net, request)
-        if not plan.quantized:
-            if self.method == 'none':
-                return plan
+        plan = make_plan(net, request, frozenset(layer.name for layer in traced.layers if layer.rectified))
+        if self.method != 'none' and not plan.quantized:
             raise QuantError(
                 f'quant: nothing is left to quantize: scope {self.scope!r}, w_bits {self.w_bits}, a_bits {self.a_bits} '
                 "and quant.layers leave every layer in floating point; use 'method: none' if that is meant"
             )
-        layers = trace(net, trace_input).layers
-        return make_plan(net, request, frozenset(layer.name for layer in layers if layer.rectified))
+        return plan
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def _wrap(host: Any) -> Any:
         command = _REQUEST.get('command', 'train' if is_train else 'test')
         raw = option_file.read(given.opt)
         _force(raw, given.force_yml)
-        _import_components(raw.get('imports'))
+        import_components(raw.get('imports'))
         if not is_train:
             _keep_test_sets(raw)
         prepared = _prepare(raw, command, root_path, is_train, given)
@@ -82,7 +82,8 @@ def _force(raw: dict[str, Any], entries: list[str] | None) -> None:
         inner[last] = _postprocess_yml_value(value.strip())
 
 
-def _import_components(names: Any) -> None:
+def import_components(names: Any) -> None:
+    """Import the modules of the option ``imports:``, which register the user's own components."""
     if names is None:
         return
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):

@@ -19,7 +19,7 @@ INSTALL = (
 
 # In this order: the first group must run before anything of the host is imported.
 _BEFORE_IMPORT = ('imports',)
-_AFTER_IMPORT = ('devices', 'files', 'loading', 'training', 'resume')
+_AFTER_IMPORT = ('devices', 'files', 'loading', 'training', 'resume', 'degradations')
 _applied: list[str] = []
 _done = False
 

@@ -143,6 +143,11 @@ class Method:
                 split.append({**group, 'params': own, 'lr': group.get('lr', lr) * self.options.range_lr})
         return split
 
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether some parameters get no gradient in a training step, which a distributed wrapper has to know."""
+        return False
+
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer, feature_scale: float) -> Training:
         """Make ``optimizer`` train ``net`` as the method says.
 

@@ -110,6 +110,10 @@ class ODM(Method):
                 quantizer.select(shift=name in chosen[0], scale=name in chosen[1])
         return seen
 
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        return bool(self.options.offsets)  # those of layers that were not selected
+
     def start_weight(self, quantizer: Any, weight: Tensor) -> None:
         if not isinstance(quantizer, PercentileWeight):
             super().start_weight(quantizer, weight)

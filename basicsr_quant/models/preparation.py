@@ -14,7 +14,9 @@ from ..data.calibration import dataset_options, number_of_images
 from ..data.check import check_dataset
 from ..errors import QuantError
 from ..network.plan import Plan
+from ..network.trace import trace
 from ..random_state import preserved
+from ..report.plan_card import plan_card
 from . import checkpoint
 
 
@@ -43,12 +45,13 @@ def prepare(
 
     Returns:
         ``plan``, ``calibration``, ``feature_scale``, ``checkpoint``, ``param_key``, ``note``, ``experiment``,
-        ``network`` (the FP32 network's type), ``w_bits``, ``a_bits``, ``command``.
+        ``w_bits``, ``a_bits``, ``command``, ``card``.
     """
     config = read_config(block)
     _check_model(raw['model_type'], config, is_train)
     net = build_float(raw['network_g'])
-    plan = config.plan(net)
+    traced = trace(net)
+    plan = config.plan(net, traced)
     name = f'debug_{raw["name"]}' if debug and not raw['name'].startswith('debug') else raw['name']
     experiment = os.path.join(root, 'experiments', name)
     path, key, note = _choose_checkpoint(raw, command, experiment, plan, is_train, asked.get('checkpoint'))
@@ -67,6 +70,7 @@ def prepare(
         'note': note,
         'experiment': experiment,
         'command': command,
+        'card': plan_card(traced, plan),
         'w_bits': config.w_bits,
         'a_bits': config.a_bits,
     }

@@ -49,9 +49,15 @@ class QuantizedModelMixin:
         self._training: Training | None = None
         self._evaluation: Evaluation | None = None
         self._wrap = False
+        logger.info('The plan: %s\n', self._run.pop('card'))
+        if self._run['checkpoint'] is not None:
+            logger.info('Checkpoint: %s (%s).', self._run['checkpoint'], self._run['note'])
+        opt['find_unused_parameters'] = opt.get('find_unused_parameters', False) or self._method.leaves_parameters_unused
         super().__init__(opt)  # type: ignore[call-arg]
-        if not opt['is_train']:
-            self._calibrate_if_needed()
+        self._calibrate_if_needed()
+        if opt['is_train']:
+            self._begin_training()
+        else:
             self._evaluation = Evaluation(self._run, opt)
             if self._run['command'] == 'calibrate':
                 self.save_network([self.net_g], 'net_g', 'calibrated', ['params'])
@@ -59,17 +65,16 @@ class QuantizedModelMixin:
     # -- building --------------------------------------------------------------------------------------------------
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
-        # The host wraps before it loads; calibration decides which parameters train, so the wrapper has to wait.
+        # The host wraps before it loads; the wrapper has to wait for the calibrated network.
         if self._wrap or not _is_quantized(net):
             return super().model_to_device(net)  # type: ignore[misc, no-any-return]
         return net.to(self.device)  # type: ignore[attr-defined]
 
-    def init_training_settings(self) -> None:
-        self._calibrate_if_needed()
-        self._wrap = True
-        self.net_g = self.model_to_device(self.net_g)
-        super().init_training_settings()  # type: ignore[misc]
+    def _begin_training(self) -> None:
+        # After the host model is whole: a subclass's feed_data, which calibration needs, may use what it makes last.
         net = self._bare()
+        self._wrap = True
+        self.net_g = self.model_to_device(net)
         if hasattr(self, 'net_g_ema') and not self._loaded_quantized():
             _copy_quantizers(net, self.net_g_ema)
         scale = self._run['feature_scale'] or self._calibration.get('feature_scale', 1.0)

@@ -25,8 +25,8 @@ class OffsetRange(LearnedRange):
 
     def __init__(self, bits: int, channels: int, **kwargs: Any) -> None:
         super().__init__(bits, **kwargs)
-        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1), requires_grad=False)
-        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.register_buffer('selected', torch.zeros(2, dtype=torch.bool))
 
     def select(self, shift: bool, scale: bool) -> None:
@@ -35,11 +35,8 @@ class OffsetRange(LearnedRange):
         self._apply_selection()
 
     def _apply_selection(self) -> None:
-        # requires_grad mirrors the saved flags, so that forward does not have to read a tensor to decide.
-        shift, scale = self.selected.tolist()
-        self.shift.requires_grad_(shift)
-        self.scale.requires_grad_(scale)
-        self.use_shift, self.use_scale = shift, scale
+        # Plain attributes beside the saved flags: forward must not read a tensor to decide.
+        self.use_shift, self.use_scale = self.selected.tolist()
 
     use_shift = False
     use_scale = False
