@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'mse': {'method': 'mse', 'zero_point': 'float'},
     'lsq': {'method': 'lsq'},
     'pams': {'method': 'pams'},
+    'pams unsigned': {'method': 'pams', 'options': {'unsigned': True}},
     'plain': {'method': 'odm', 'options': PLAIN},
     'plain+coop': {'method': 'odm', 'options': {'weight_clipping': False}},
     'plain+wcc': {'method': 'odm', 'options': {'regularizer': 'none'}},

@@ -14,9 +14,15 @@ from .base import METHODS, Method, RangeOptions
 
 @dataclass(frozen=True)
 class PAMSOptions(RangeOptions):
-    """``init: ema_minmax`` is the paper's: a moving average of max|x| (there with decay 0.9997 over an epoch)."""
+    """``init: ema_minmax`` is the paper's: a moving average of max|x| (there with decay 0.9997 over an epoch).
+
+    Args:
+        unsigned: Give inputs behind a ReLU the range [0, alpha] with all 2^b levels, where the symmetric one wastes
+            half of its codes. Not in the paper; CADyQ's code has it as an option that is off.
+    """
 
     init: str = option('ema_minmax', choices=('ema_minmax', 'minmax', 'percentile', 'mse'))
+    unsigned: bool = option(False)
 
 
 @METHODS.register('pams')
@@ -37,10 +43,10 @@ class PAMS(Method):
     zero_points = ('integer',)
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
-        return SymmetricRange(layer.a_bits)
+        return SymmetricRange(layer.a_bits, unsigned=self.options.unsigned and layer.rectified)
 
     def make_weight(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         return MaxAbsWeight(layer.w_bits, self.per_channel)
 
     def make_observer(self, name, quantizer):  # type: ignore[no-untyped-def]
-        return self._observer(quantizer, symmetric=True)
+        return self._observer(quantizer, symmetric=not quantizer.unsigned)

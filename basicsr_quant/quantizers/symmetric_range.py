@@ -21,17 +21,25 @@ class SymmetricRange(RelativeRange):
         shape: () or (C, 1, 1, 1).
         learn: False keeps the calibrated bound fixed.
         narrow_range: False gives 2^b levels without zero (mid-rise), as ODM's weights.
+        unsigned: The range [0, alpha] with 2^b levels instead, for inputs behind a ReLU.
     """
 
     def __init__(
-        self, bits: int, shape: tuple[int, ...] = (), learn: bool = True, narrow_range: bool = True, **kwargs: object
+        self,
+        bits: int,
+        shape: tuple[int, ...] = (),
+        learn: bool = True,
+        narrow_range: bool = True,
+        unsigned: bool = False,
+        **kwargs: object,
     ) -> None:
-        super().__init__(bits, shape, narrow_range=narrow_range, **kwargs)
+        super().__init__(bits, shape, narrow_range=narrow_range and not unsigned, **kwargs)
+        self.unsigned = unsigned
         self.alpha = nn.Parameter(torch.ones(shape), requires_grad=learn)
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alpha * self.unit
-        return -alpha, alpha
+        return (torch.zeros_like(alpha) if self.unsigned else -alpha), alpha
 
     @torch.no_grad()
     def set_range(self, lower: Tensor, upper: Tensor) -> None:
