@@ -7,6 +7,9 @@ shape (C, 1, ..., 1). Units are those of the observed tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,8 +18,7 @@ from .fake_quantize import fake_quantize
 
 OBSERVERS: Registry[type[Observer]] = Registry('observer')
 
-_SAMPLES_PER_BATCH = 1 << 14
-_SAMPLES_IN_ALL = 1 << 17
+_SAMPLES = 1 << 17
 
 
 class Observer:
@@ -130,32 +132,47 @@ class PercentileObserver(_MeanObserver):
 class MSEObserver(Observer):
     """The range whose b-bit grid reconstructs the seen values with the least squared error (OMSE).
 
-    Keeps at most 2^17 values of a channel or tensor (an even stride through each batch) and, at the end, searches
-    lower and upper in turn over fractions of the extremes, :func:`search_mse_range`.
+    Keeps at most 2^17 values of a channel or tensor, the same number of each batch however many there are, drawn with
+    a random state of its own. At the end it searches lower and upper in turn, :func:`search_mse_range`.
 
     Args:
         bits: Bits of the grid.
         symmetric: Search one bound u and return (-u, u).
-        narrow_range: As in :func:`~basicsr_quant.quantizers.fake_quantize`.
+        narrow_range, zero_point: As in :func:`~basicsr_quant.quantizers.fake_quantize`.
     """
 
     def __init__(
-        self, per_channel: bool = False, bits: int = 8, symmetric: bool = False, narrow_range: bool = False
+        self,
+        per_channel: bool = False,
+        bits: int = 8,
+        symmetric: bool = False,
+        narrow_range: bool = False,
+        zero_point: str = 'float',
     ) -> None:
         super().__init__(per_channel)
-        self.bits, self.symmetric, self.narrow_range = bits, symmetric, narrow_range
+        self.bits, self.symmetric, self.narrow_range, self.zero_point = bits, symmetric, narrow_range, zero_point
         self._samples: list[Tensor] = []
+        self._each = _SAMPLES
+        self._draw = torch.Generator().manual_seed(0)
 
     def update(self, x: Tensor) -> None:
         rows = self._rows(x)
-        self._samples.append(_strided(rows, _SAMPLES_PER_BATCH))
-        if sum(s.shape[1] for s in self._samples) > _SAMPLES_IN_ALL:
-            self._samples = [_strided(torch.cat(self._samples, dim=1), _SAMPLES_IN_ALL // 2)]
+        size = rows.shape[1]
+        if size > self._each:
+            index = torch.randint(size, (self._each,), generator=self._draw)
+        else:
+            index = torch.randperm(size, generator=self._draw)
+        self._samples.append(rows[:, index.to(rows.device)])
+        while self._each > 1 and sum(s.shape[1] for s in self._samples) > _SAMPLES:
+            self._each //= 2  # the order is random, so the first half of a sample is a sample
+            self._samples = [s[:, : self._each].clone() for s in self._samples]
 
     def range(self) -> tuple[Tensor, Tensor]:
         assert self._samples, 'range() before update()'
         values = torch.cat(self._samples, dim=1)
-        return self._shaped(*search_mse_range(values, self.bits, self.symmetric, self.narrow_range))
+        return self._shaped(
+            *search_mse_range(values, self.bits, self.symmetric, self.narrow_range, self.zero_point)
+        )
 
 
 def percentile(rows: Tensor, percent: float) -> Tensor:
@@ -176,49 +193,64 @@ def percentile(rows: Tensor, percent: float) -> Tensor:
 
 
 def search_mse_range(
-    rows: Tensor, bits: int, symmetric: bool = False, narrow_range: bool = False, candidates: int = 80
+    rows: Tensor,
+    bits: int,
+    symmetric: bool = False,
+    narrow_range: bool = False,
+    zero_point: str = 'float',
+    candidates: int = 80,
 ) -> tuple[Tensor, Tensor]:
     """The range of each row of (C, N) values with the least mean squared error under ``fake_quantize``.
 
-    Candidates are the fractions 1/candidates ... 1 of each extreme. Asymmetric ranges search the upper bound, then
-    the lower, three times in turn, and stop early where nothing changes; a row that never goes below zero keeps
-    its lower bound at its minimum.
+    Candidates lie at the fractions 1/candidates ... 1 of the way from zero to the extreme (from one extreme to the
+    other in a row that stays on one side of zero), then at eighths of that step around the best one. Asymmetric ranges
+    search the upper bound, then the lower, three times in turn, and stop early where nothing changes. A row whose
+    extreme is zero (after a ReLU) keeps that bound.
 
     Returns:
         lower, upper: two tensors of shape (C,).
     """
     low, high = rows.aminmax(dim=1)
+
+    def error(lower: Tensor, upper: Tensor) -> Tensor:
+        lower, upper = torch.minimum(lower, upper)[:, None], upper[:, None]
+        q = fake_quantize(rows, lower, upper, bits, zero_point=zero_point, narrow_range=narrow_range)
+        return (q - rows).square_().mean(dim=1)
+
     if symmetric:
         high = torch.maximum(low.abs(), high.abs())
-        upper = _search(rows, high, candidates, lambda u: (-u, u), bits, narrow_range)
+        upper = _search(torch.zeros_like(high), high, candidates, lambda u: error(-u, u))
         return -upper, upper
     lower, upper = low, high
+    start_high = torch.where(high > 0, low.clamp(min=0), low)
+    start_low = torch.where(low < 0, high.clamp(max=0), high)
     for _ in range(3):
         before = (lower, upper)
-        upper = _search(rows, high, candidates, lambda u, v=lower: (torch.minimum(v, u), u), bits, narrow_range)
-        lower = _search(rows, low, candidates, lambda v, u=upper: (torch.minimum(v, u), u), bits, narrow_range)
+        if high.any():
+            found = _search(start_high, high, candidates, partial(error, lower))
+            upper = torch.where(high == 0, high, found)
+        if low.any():
+            found = _search(start_low, low, candidates, partial(error, upper=upper))
+            lower = torch.where(low == 0, low, found)
         if torch.equal(before[0], lower) and torch.equal(before[1], upper):
             break
     return lower, upper
 
 
-def _search(rows, extreme, candidates, bounds_of, bits, narrow_range):  # type: ignore[no-untyped-def]
-    best_error = torch.full_like(extreme, float('inf'))
-    best = extreme.clone()
+def _search(start: Tensor, end: Tensor, candidates: int, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """The point between ``start`` and ``end`` with the least error, row by row; of equal ones the widest."""
+    best_error = torch.full_like(end, float('inf'))
+    best = torch.ones_like(end)
+
+    def attempt(fraction: Tensor) -> None:
+        nonlocal best, best_error
+        found = error(start + (end - start) * fraction)
+        best = torch.where(found < best_error, fraction, best)
+        best_error = torch.minimum(found, best_error)
+
     for i in range(candidates, 0, -1):
-        candidate = extreme * (i / candidates)
-        lower, upper = bounds_of(candidate)
-        q = fake_quantize(rows, lower[:, None], upper[:, None], bits, narrow_range=narrow_range)
-        error = (q - rows).square_().mean(dim=1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better, candidate, best)
-    return best
-
-
-def _strided(rows: Tensor, count: int) -> Tensor:
-    """At most ``count`` columns at an even, odd-numbered stride (so that image rows do not fall into step with it)."""
-    if rows.shape[1] <= count:
-        return rows
-    stride = -(-rows.shape[1] // count) | 1
-    return rows[:, ::stride].contiguous()
+        attempt(torch.full_like(end, i / candidates))
+    centre = best
+    for i in range(7, -8, -1):
+        attempt((centre + i / (8 * candidates)).clamp(max=1.0))
+    return start + (end - start) * best
