@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,7 +101,12 @@ def peak_memory(net: nn.Module, plan: Plan | None, batch: Batch, steps: int = 3)
 
 
 def _peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    # getrusage's figure is no use in a child process: on Linux it starts at its parent's. VmHWM starts anew.
+    try:
+        lines = Path('/proc/self/status').read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('VmHWM'))
 
 
 def _synchronize(x: Any) -> None:
