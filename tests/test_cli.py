@@ -148,6 +148,7 @@ def test_train_and_test_run_the_pipelines(options: dict[str, Any], option_file: 
     folder = Path('experiments/tiny')
     assert {file.name for file in (folder / 'models').iterdir()} == {'net_g_2.pth', 'net_g_latest.pth'}
     assert '# basicsr train -opt' in (folder / 'options.yml').read_text()  # what the host writes down of the command
+    caplog.set_level(logging.INFO, 'basicsr')
     logging.getLogger('basicsr').addHandler(caplog.handler)  # the host stops propagation
     try:
         assert cli.main(['test', '-opt', path, '--checkpoint', str(folder / 'models' / 'net_g_2.pth')]) == 0

@@ -17,9 +17,8 @@ INSTALL = (
     'pip install --no-build-isolation basicsr==1.4.2',
 )
 
-# In this order: the first group must run before anything of the host is imported.
-_BEFORE_IMPORT = ('imports',)
-_AFTER_IMPORT = ('devices', 'files', 'loading', 'training', 'resume', 'degradations')
+# The modules that hold mends, in this order; the host can be imported after the first.
+GROUPS = ('imports', 'devices', 'files', 'loading', 'training', 'resume', 'degradations')
 _applied: list[str] = []
 _done = False
 
@@ -49,11 +48,9 @@ def apply() -> list[str]:
         return list(_applied)
     if not has_host():
         raise missing_host()
-    for name in _BEFORE_IMPORT:
+    for name in GROUPS:
         _mend(name)
-    importlib.import_module('basicsr')
-    for name in _AFTER_IMPORT:
-        _mend(name)
+        importlib.import_module('basicsr')
     _done = True
     return list(_applied)
 
@@ -65,4 +62,4 @@ def _mend(name: str) -> None:
             _applied.append(f'{name}.{mend.__name__}')
 
 
-__all__ = ['INSTALL', 'apply', 'has_host', 'missing_host']
+__all__ = ['GROUPS', 'INSTALL', 'apply', 'has_host', 'missing_host']
