@@ -53,7 +53,7 @@ class LSQ(Method):
     zero_points = ('integer',)
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
-        return LearnedStep(layer.a_bits, signed=not layer.rectified)
+        return LearnedStep(layer.a_bits, signed=not layer.rectified, batched=True)
 
     def make_weight(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         return LearnedStep(layer.w_bits, self.range_shape(module))
@@ -76,5 +76,8 @@ class LSQ(Method):
         lower, upper = observer.range()
         if self.options.init == 'lsq':
             quantizer.set_step(2 * upper / math.sqrt(quantizer.positive_steps))
+        elif self.options.init == 'mse' and quantizer.signed:
+            # The search aligned [-u, u] to LSQ's own lopsided grid: its step is the answer, not a step that covers u.
+            quantizer.set_step((upper - lower) / (quantizer.negative_steps + quantizer.positive_steps))
         else:
             quantizer.set_range(lower, upper)

@@ -19,23 +19,27 @@ class LearnedStep(RelativeRange):
     code. dq/ds = round(x/s) - x/s inside, -Q_N below, Q_P above, times g = 1 / sqrt(numel Q_P).
 
     Deviation: the gradient's factor g matters to a plain SGD; under Adam, which divides it out, it only weighs
-    against Adam's epsilon. It is kept because the method has it. numel counts one sample's values, not the batch's.
+    against Adam's epsilon. It is kept because the method has it. numel counts what shares a step: all values of a
+    weight (or of its channel), and one sample's values of an activation.
 
     Args:
         bits: Bits of the grid.
         shape: () or (C, 1, 1, 1).
         signed: Whether negative values occur.
+        batched: Whether dimension 0 of the input counts samples: true for activations, false for weights.
     """
 
-    def __init__(self, bits: int, shape: tuple[int, ...] = (), signed: bool = True, **kwargs: object) -> None:
+    def __init__(
+        self, bits: int, shape: tuple[int, ...] = (), signed: bool = True, batched: bool = False, **kwargs: object
+    ) -> None:
         super().__init__(bits, shape, zero_point='integer')
-        self.signed = signed
+        self.signed, self.batched = signed, batched
         self.negative_steps = 2 ** (bits - 1) if signed else 0
         self.positive_steps = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         self.step = nn.Parameter(torch.ones(shape))
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        values = x[0].numel() if x.dim() == 4 and not self.step.dim() else max(1, x.numel() // self.step.numel())
+        values = max(1, x.numel() // (x.shape[0] if self.batched and x.numel() else self.step.numel()))
         step = _ScaleGradient.apply(self.step * self.unit, 1.0 / math.sqrt(values * self.positive_steps))
         return -self.negative_steps * step, self.positive_steps * step
 
