@@ -25,12 +25,16 @@ def mismatch(x: Tensor, q: Tensor, detach_target: bool = True) -> Tensor:
     inside the range, and nothing would pull values onto the grid). ``detach_target=False`` is the other reading.
     """
     target = q.detach() if detach_target else q
-    return ((x.float() - target.float()).square().sum() + _EPS).sqrt()
+    return ((_wide(x) - _wide(target)).square().sum() + _EPS).sqrt()
 
 
 def deviation(x: Tensor) -> Tensor:
     """ODM-v1's regularizer of one layer: the standard deviation of its input over all values."""
-    return (x.float().var(unbiased=False) + _EPS).sqrt()
+    return (_wide(x).var(unbiased=False) + _EPS).sqrt()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def cooperation(
@@ -72,11 +76,12 @@ def cooperation(
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten().float(), b.flatten().float())
+    return torch.dot(_wide(a.flatten()), _wide(b.flatten()))
 
 
 def _cosine(ab: Tensor, aa: Tensor, bb: Tensor) -> Tensor:
-    return ab / (aa * bb).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    # Each root by itself: the product of two small squares would vanish in float32 and the quotient explode.
+    return (ab / (aa.sqrt() * bb.sqrt()).clamp(min=torch.finfo(torch.float32).tiny)).clamp(-1.0, 1.0)
 
 
 class CooperativeTraining(Training):
@@ -117,8 +122,12 @@ class CooperativeTraining(Training):
         for layer in quant_layers(net).values():
             if isinstance(layer.input_quantizer, Quantizer):
                 layer.input_quantizer.register_forward_hook(self._collect)
+        net.register_forward_pre_hook(self._begin)
         net.register_forward_hook(self._differentiate)
         optimizer.register_step_pre_hook(self._combine)
+
+    def _begin(self, *_: object) -> None:
+        self._terms = []  # of a pass that was broken off, or of layers called on their own
 
     def _collect(self, quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.net.training and torch.is_grad_enabled() and inputs[0].requires_grad:
@@ -129,8 +138,9 @@ class CooperativeTraining(Training):
         if not terms:
             return
         loss = torch.stack(terms).sum()
-        found = torch.autograd.grad(loss, self._params, retain_graph=True, allow_unused=True)
-        gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self._params)]
+        wanted = [p for p in self._params if p.requires_grad]  # a host may freeze some meanwhile
+        found = dict(zip(wanted, torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)))
+        gradients = [g if (g := found.get(p)) is not None else torch.zeros_like(p) for p in self._params]
         if self._gradients is not None:
             gradients = [a + b for a, b in zip(self._gradients, gradients)]
         self._gradients = gradients
@@ -143,15 +153,15 @@ class CooperativeTraining(Training):
         self._gradients, self._passes = None, 0
         if gradients is None:
             return
-        gradients = [g / passes for g in gradients] if passes > 1 else gradients
-        _average_over_ranks(gradients)
+        gradients = _average_over_ranks([g / passes for g in gradients] if passes > 1 else gradients)
         pairs = [(p.grad, g) for p, g in zip(self._params, gradients) if p.grad is not None]
         first, second = [a for a, _ in pairs if a is not None], [b for _, b in pairs]
         sims, cosine = cooperation(first, second, self.granularity, self.gate)
         size = torch.stack([_dot(g, g) for g in first]).sum().sqrt() if first else torch.tensor(0.0)
         added = torch.tensor(0.0, device=size.device)
         for grad, other, sim in zip(first, second, sims):
-            step = other.mul_(sim).mul_(self.weight)
+            step = (other * sim).mul_(self.weight)
+            step.nan_to_num_(0.0, 0.0, 0.0)  # of a pass whose optimizer step a gradient scaler has skipped
             added += _dot(step, step)
             grad.add_(step.to(grad.dtype))
         tiny = torch.finfo(torch.float32).tiny
@@ -162,13 +172,10 @@ class CooperativeTraining(Training):
         return {**{k: float(v) for k, v in self._figures.items()}, **super().log()}
 
 
-def _average_over_ranks(gradients: list[Tensor]) -> None:
+def _average_over_ranks(gradients: list[Tensor]) -> list[Tensor]:
     if not (dist.is_available() and dist.is_initialized()) or not gradients:
-        return
+        return gradients
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    offset = 0
-    for g in gradients:
-        g.copy_(flat[offset : offset + g.numel()].view_as(g))
-        offset += g.numel()
+    return [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
