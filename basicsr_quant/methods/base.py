@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import QuantError
 from ..network.calibration import Observations, observe
 from ..network.plan import LayerPlan, Plan
 from ..network.surgery import apply_plan, quant_layers, quantizers
@@ -86,10 +87,21 @@ class Method:
     # -- calibration -----------------------------------------------------------------------------------------------
 
     def calibrate(self, net: nn.Module, batches: Iterable[Tensor]) -> Observations:
-        """Set every range from the FP32 network's activations on ``batches`` and from its weights."""
+        """Set every range from the FP32 network's activations on ``batches`` and from its weights.
+
+        A layer that the network never calls keeps an unset range, with a warning.
+
+        Raises:
+            QuantError: if ``batches`` is empty.
+        """
         seen = observe(net, batches, self.make_observer)
+        if not seen.images and quant_layers(net):
+            raise QuantError('quant.calibration: the data set gave no image')
+        idle = [name for name in seen.observers if name not in seen.stds]
+        if idle:
+            logger.warning('Calibration never reached %d layers, which keep an unset range: %s.', len(idle), idle)
         for name, layer in quant_layers(net).items():
-            if name in seen.observers:
+            if name in seen.stds:
                 self.start_input(layer.input_quantizer, seen.observers[name])
             if isinstance(layer.weight_quantizer, Quantizer):
                 self.start_weight(layer.weight_quantizer, layer.weight)  # type: ignore[arg-type]
@@ -116,6 +128,7 @@ class Method:
             kwargs['percent'] = self.options.percentile
         elif init == 'mse':
             kwargs.update(bits=quantizer.num_bits, symmetric=symmetric, narrow_range=quantizer.narrow_range)
+            kwargs.update(zero_point=quantizer.zero_point)
         return OBSERVERS[init](**kwargs)
 
     # -- training --------------------------------------------------------------------------------------------------

@@ -160,9 +160,9 @@ def channel_spreads(net: nn.Module, batches: Iterable[Tensor]) -> dict[str, tupl
     def look(name: str, x: Tensor) -> None:
         if x.dim() == 4:
             values = x.float().transpose(0, 1).flatten(1)
-            whole = values.std().clamp(min=torch.finfo(torch.float32).tiny)
-            both = torch.stack([values.mean(dim=1).std(), values.std(dim=1).std()]) / whole
-            found.setdefault(name, []).append(both)
+            whole = values.std(unbiased=False).clamp(min=torch.finfo(torch.float32).tiny)
+            channels = torch.stack([values.mean(dim=1), values.std(dim=1, unbiased=False)])
+            found.setdefault(name, []).append(channels.std(dim=1, unbiased=False) / whole)
 
     observe(net, batches, lambda name, quantizer: MSEObserver(), also=look)
     means = {name: torch.stack(values).mean(dim=0) for name, values in found.items()}

@@ -45,7 +45,7 @@ def observe(
 ) -> Observations:
     """Run ``batches`` through the FP32 network and observe the input of every quantized layer.
 
-    The network is in eval mode meanwhile, its quantizers are off, and its mode is put back.
+    The network is in eval mode meanwhile, its quantizers are off, and every module's mode is put back.
 
     Args:
         net: A network after :func:`apply_plan`.
@@ -70,7 +70,7 @@ def observe(
 
         handles.append(layer.input_quantizer.register_forward_pre_hook(hook))
     device = next((p.device for p in net.parameters()), torch.device('cpu'))
-    training = net.training
+    modes = [(module, module.training) for module in net.modules()]  # a part may be frozen in another mode
     net.eval()
     try:
         with floating_point(net):
@@ -78,7 +78,8 @@ def observe(
                 net(batch.to(device))
                 seen.images += batch.shape[0]
     finally:
-        net.train(training)
+        for module, mode in modes:
+            module.training = mode
         for handle in handles:
             handle.remove()
     seen.stds = {name: sum(values) / len(values) for name, values in totals.items()}
