@@ -33,7 +33,8 @@ class Registry(Generic[T]):
             raise KeyError(f"{self.kind} '{name}' is registered already")
 
         def decorate(item: T) -> T:
-            self._items[name] = item
+            if self._items.setdefault(name, item) is not item:
+                raise KeyError(f"{self.kind} '{name}' is registered already")
             return item
 
         return decorate
@@ -45,7 +46,7 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._items
+        return isinstance(name, str) and name in self._items
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)

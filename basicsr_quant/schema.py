@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -86,16 +87,13 @@ def _convert(value: Any, kind: type) -> tuple[bool, Any]:
         return isinstance(value, kind), value
     if isinstance(value, bool):
         return False, value
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return False, value
-    if isinstance(value, (int, float)) and value == value:
-        if kind is float:
-            return True, float(value)
-        return float(value).is_integer(), int(value) if float(value).is_integer() else value
-    return False, value
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False, value
+    if kind is float or not number.is_integer():  # also false for infinities and NaN
+        return kind is float and math.isfinite(number), number
+    return True, value if isinstance(value, int) else int(number)
 
 
 def _check_allowed(value: Any, metadata: Mapping[str, Any], path: str) -> None:

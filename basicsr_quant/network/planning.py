@@ -104,8 +104,8 @@ def _decide(
 def _refuse_idle_globs(globs: Mapping[str, LayerRule], names: list[str]) -> None:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            some = ', '.join(names[:4])
+            some = ', '.join(names if len(names) <= 5 else [*names[:4], '...', names[-1]])
             raise QuantError(
                 f"quant.layers: '{glob}' matches no layer{nearest(glob, names)}; "
-                f'the network has {len(names)} layers: {some} ... {names[-1]}'
+                f'the network has {len(names)} layers: {some}'
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,15 +51,16 @@ def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_we
             parent, _, child = name.rpartition('.')
             setattr(modules[parent], child, twins[id(module)])
     net._quant_context = context  # type: ignore[assignment]
-    net.register_forward_pre_hook(begin_pass)
+    net.register_forward_pre_hook(begin_pass, with_kwargs=True)
     return net
 
 
-def begin_pass(net: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Forward pre-hook of the root network."""
+def begin_pass(net: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Forward pre-hook of the root network: the pass is over its first tensor, given by position or by name."""
     context = net._quant_context
-    if inputs and isinstance(context, QuantContext):
-        context.begin(inputs[0])
+    image = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
+    if image is not None and isinstance(context, QuantContext):
+        context.begin(image)
 
 
 def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
