@@ -46,8 +46,9 @@ class OffsetRange(LearnedRange):
         self._apply_selection()
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
         if self.enabled and self.use_scale:
             x = x * self.scale
         if self.enabled and self.use_shift:
             x = x + self.shift * self.unit
-        return super().forward(x)
+        return super().forward(x).to(dtype)
