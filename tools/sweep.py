@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -47,11 +48,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'variance+wcc': {'method': 'odm', 'options': {'regularizer': 'variance', 'gate': 'sign'}},
 }
 STATIC = ('minmax', 'percentile', 'mse')
-LEARNED = ('lsq', 'pams', 'plain', 'odm')
+LEARNED = ('lsq', 'pams', 'pams unsigned', 'plain', 'odm')
+LADDER = ('plain', 'plain+coop', 'plain+wcc', 'odm', 'odm naive')
 
 
-def suite(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield runs as dictionaries: variant, bits, iters, seed, init, range_lr."""
+def suite(name: str, args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield runs as dictionaries: variant, bits, iters, seed, init, range_lr.
+
+    ``sweep``: every method with both starts and three learning rates of ranges. ``best``: the best setting of each
+    variant among the runs that are ``done``, for more seeds. ``variants``: what the command line names.
+    """
+    if name == 'best':
+        for (bits, iters, variant), found in grouped(done).items():
+            if bits in args.bits and iters == args.iters and (args.variants is None or variant in args.variants):
+                chosen = {k: v for k, v in best(found)[0].items() if k not in ('psnr', 'benchmarks')}
+                yield from ({**chosen, 'seed': seed} for seed in args.seeds)
+        return
     for bits in args.bits:
         for seed in args.seeds:
             common = {'bits': bits, 'iters': args.iters, 'seed': seed, 'granularity': args.w_granularity}
@@ -63,7 +75,7 @@ def suite(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         for range_lr in (1, 10, 100):
                             yield {**common, 'variant': variant, 'init': init, 'range_lr': range_lr}
             else:
-                for variant in args.variants:
+                for variant in args.variants or LADDER:
                     settings = {} if variant in STATIC else {'init': args.init, 'range_lr': args.range_lr}
                     yield {**common, 'variant': variant, **settings}
 
@@ -110,11 +122,13 @@ def options(run: dict[str, Any], data: Path, pairs: Path) -> dict[str, Any]:
                 'num_worker_per_gpu': 0, 'batch_size_per_gpu': 4, 'dataset_enlarge_ratio': 100,
             },
             'val': {
-                'name': 'Set5', **disk, 'dataroot_gt': str(benchmark / 'HR'), 'dataroot_lq': str(benchmark / 'LR_bicubic/X2'),
+                'name': 'Set5', **disk, 'dataroot_gt': str(benchmark / 'HR'),
+                'dataroot_lq': str(benchmark / 'LR_bicubic/X2'),
             },
         },
         'network_g': {
-            'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 64, 'num_block': 8, 'upscale': 2, 'img_range': 2.0,
+            'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 64, 'num_block': 8, 'upscale': 2,
+            'img_range': 2.0,
         },
         'path': {'pretrain_network_g': str(data / 'weights/EDSR-b8f64_x2.pth')},
         'train': {
@@ -147,48 +161,88 @@ def make_pairs(data: Path, folder: Path) -> None:
                 cv2.imwrite(str(target), image)
 
 
-def train(run: dict[str, Any], args: argparse.Namespace, data: Path) -> dict[str, Any] | None:
-    """Run one training; return the run with its PSNR, or None when it failed."""
-    name = run_name(run)
-    file = args.out / f'{name}.yml'
+def train(run: dict[str, Any], args: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """Run one training; return the run with its PSNR on Set5."""
+    file = args.out / f'{run_name(run)}.yml'
     file.write_text(yaml.safe_dump(options(run, data, (args.out / 'pairs').resolve()), sort_keys=False))
-    command = [sys.executable, *args.command.split(), 'train', '-opt', str(file.resolve())]
-    done = subprocess.run(
-        command, cwd=args.out, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}
-    )
-    found = re.findall(r'# psnr: ([0-9.]+)', done.stdout + done.stderr)
-    if done.returncode or not found:
-        print(f'{name} failed:\n' + '\n'.join((done.stdout + done.stderr).splitlines()[-5:]), flush=True)
-        return None
+    found = re.findall(r'# psnr: ([0-9.]+)', call(['train', '-opt', str(file.resolve())], args))
     return {**run, 'psnr': float(found[-1])}
 
 
-def table(path: Path) -> str:
-    """Set5 PSNR by bits, length and variant: best of its settings by the mean over seeds, with the spread."""
-    runs = [json.loads(line) for line in path.read_text().splitlines()]
-    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[float]]] = {}
+def measure(run: dict[str, Any], args: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """Test a trained run on the three benchmarks; return their PSNR by name."""
+    file = args.out / f'{run_name(run)}_test.yml'
+    opt = options(run, data, (args.out / 'pairs').resolve())
+    sets = {'Set5': 'Set5', 'Set14': 'Set14', 'Urban100-20': 'Urban100-20'}
+    opt['datasets'] = {
+        f'test_{number}': {
+            **opt['datasets']['val'],
+            'name': name,
+            'dataroot_gt': str(data / 'benchmarks' / folder / 'HR'),
+            'dataroot_lq': str(data / 'benchmarks' / folder / 'LR_bicubic/X2'),
+        }
+        for number, (name, folder) in enumerate(sets.items(), 1)
+    }
+    file.write_text(yaml.safe_dump(opt, sort_keys=False))
+    call(['test', '-opt', str(file.resolve())], args)
+    found = json.loads((args.out / 'results' / run_name(run) / 'metrics.json').read_text())
+    return {**run, 'benchmarks': {name: found['datasets'][name]['psnr'] for name in sets}}
+
+
+def call(arguments: list[str], args: argparse.Namespace) -> str:
+    """Run a command of basicsr on one thread and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *args.command.split(), *arguments],
+        cwd=args.out, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f'{arguments} failed:\n' + '\n'.join((done.stdout + done.stderr).splitlines()[-5:]))
+    return done.stdout + done.stderr
+
+
+Settings = tuple[Any, ...]
+
+
+def grouped(runs: list[dict[str, Any]]) -> dict[tuple[int, int, str], dict[Settings, list[dict[str, Any]]]]:
+    """Runs by (bits, iterations, variant), then by what was swept; each list is over seeds."""
+    groups: dict[tuple[int, int, str], dict[Settings, list[dict[str, Any]]]] = {}
     for r in runs:
         settings = (r.get('init', '-'), r.get('range_lr', '-'), r['granularity'])
-        groups.setdefault((r['bits'], r['iters'], r['variant']), {}).setdefault(settings, []).append(r['psnr'])
-    lines = [
-        '| bits | iterations | variant | best: init, range lr x, weights | Set5 dB | spread (seeds) | worst setting |',
-        '|' + '---|' * 7,
-    ]
-    for (bits, iters, variant), found in sorted(groups.items()):
-        most = max(len(v) for v in found.values())
-        best, values = max(((s, v) for s, v in found.items() if len(v) == most), key=lambda item: mean(item[1]))
-        spread = f'{stdev(values):.3f} ({len(values)})' if len(values) > 1 else '- (1)'
-        worst = min(mean(v) for v in found.values())
-        lines.append(
-            f'| W{bits}A{bits} | {iters} | {variant} | {best[0]}, {best[1]}, {best[2]} | {mean(values):.3f} | {spread} | {worst:.2f} |'
-        )
-    return '\n'.join(lines)
+        groups.setdefault((r['bits'], r['iters'], r['variant']), {}).setdefault(settings, []).append(r)
+    return groups
+
+
+def best(found: dict[Settings, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The setting with the highest mean PSNR among those with the most seeds."""
+    most = max(len(v) for v in found.values())
+    return max((v for v in found.values() if len(v) == most), key=lambda v: mean(r['psnr'] for r in v))
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Best setting of each variant by the mean over seeds, with the spread and what the other settings gave."""
+    from basicsr_quant.report.tables import markdown
+
+    rows = []
+    for (bits, iters, variant), found in sorted(grouped(runs).items()):
+        chosen = best(found)
+        values = [r['psnr'] for r in chosen]
+        setting = ', '.join(str(chosen[0][k]) for k in ('init', 'range_lr') if k in chosen[0]) or '-'
+        spread = f'{stdev(values):.3f}' if len(values) > 1 else None
+        settings = [mean(r['psnr'] for r in v) for v in found.values()]
+        more = next((r['benchmarks'] for r in chosen if 'benchmarks' in r), {})
+        rows.append([
+            f'W{bits}A{bits}', iters, variant, setting, f'{mean(values):.3f}', spread, len(values),
+            f'{min(settings):.2f}-{max(settings):.2f} ({len(settings)})',
+            *(f'{more[k]:.3f}' if k in more else None for k in ('Set14', 'Urban100-20')),
+        ])  # fmt: skip
+    header = ['bits', 'iterations', 'variant', 'init, range lr', 'Set5', 'std', 'seeds', 'all settings']
+    return markdown([*header, 'Set14', 'Urban100-20'], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--suite', choices=('sweep', 'variants'), default='sweep')
-    parser.add_argument('--variants', nargs='+', default=['plain', 'plain+coop', 'plain+wcc', 'odm', 'odm naive'])
+    parser.add_argument('--suite', choices=('sweep', 'best', 'variants'), default='sweep')
+    parser.add_argument('--variants', nargs='+', help=f'default: all, or {" | ".join(LADDER)}')
     parser.add_argument('--bits', nargs='+', type=int, default=[2, 4])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--iters', type=int, default=100)
@@ -199,22 +253,31 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path('sweep'))
     parser.add_argument('--command', default='-m basicsr_quant', help='what python runs')
     parser.add_argument('--table', action='store_true', help='print the table of what is there and stop')
+    parser.add_argument('--measure', action='store_true', help='also test on Set14 and Urban100-20')
     args = parser.parse_args()
     results = args.out / 'results.jsonl'
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     if args.table:
-        print(table(results))
+        print(table(done))
         return
     data = Path(os.environ['BASICSR_QUANT_DATA'])
-    args.out.mkdir(parents=True, exist_ok=True)
     make_pairs(data, args.out / 'pairs')
-    known = {run_name(json.loads(line)) for line in results.read_text().splitlines()} if results.exists() else set()
-    todo = [run for run in suite(args.suite, args) if run_name(run) not in known]
+    known = {run_name(run): run for run in done}
+    lock = Lock()
+
+    def work(run: dict[str, Any]) -> None:
+        finished = known.get(run_name(run)) or train(run, args, data)
+        if args.measure and 'benchmarks' not in finished:
+            finished = measure(finished, args, data)
+        with lock:
+            known[run_name(run)] = finished
+            temporary = results.with_suffix('.tmp')
+            temporary.write_text(''.join(json.dumps(r) + '\n' for r in known.values()))
+            temporary.replace(results)
+            print(run_name(run), finished['psnr'], finished.get('benchmarks', ''), flush=True)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in pool.map(lambda run: train(run, args, data), todo):
-            if done is not None:
-                with results.open('a') as file:
-                    file.write(json.dumps(done) + '\n')
-                print(run_name(done), done['psnr'], flush=True)
+        list(pool.map(work, suite(args.suite, args, done)))
 
 
 if __name__ == '__main__':

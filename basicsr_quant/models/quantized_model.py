@@ -52,7 +52,8 @@ class QuantizedModelMixin:
         logger.info('The plan: %s\n', self._run.pop('card'))
         if self._run['checkpoint'] is not None:
             logger.info('Checkpoint: %s (%s).', self._run['checkpoint'], self._run['note'])
-        opt['find_unused_parameters'] = opt.get('find_unused_parameters', False) or self._method.leaves_parameters_unused
+        if self._method.leaves_parameters_unused:
+            opt['find_unused_parameters'] = True
         super().__init__(opt)  # type: ignore[call-arg]
         self._calibrate_if_needed()
         if opt['is_train']:
@@ -199,7 +200,7 @@ def _copy_quantizers(source: nn.Module, target: nn.Module) -> None:
 
 @torch.no_grad()
 def _same_on_all_ranks(state: Mapping[str, Tensor]) -> None:
-    """Take rank 0's values everywhere, in place. All ranks see the same images; this makes their ranges exactly equal."""
+    """Take rank 0's values everywhere, in place: all ranks see the same images, this makes their ranges equal."""
     if dist.is_available() and dist.is_initialized():
         for tensor in state.values():
             dist.broadcast(tensor, src=0)
