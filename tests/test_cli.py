@@ -143,6 +143,7 @@ def test_python_m_and_version() -> None:
 def test_train_and_test_run_the_pipelines(options: dict[str, Any], option_file: Any, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
+    options['datasets']['test_1'] = {**options['datasets']['val'], 'name': 'Other'}  # one file for every command
     path = option_file(options)
     assert cli.main(['train', '-opt', path, '--force_yml', 'train:total_iter=2', 'logger:save_checkpoint_freq=2']) == 0
     folder = Path('experiments/tiny')
@@ -155,6 +156,7 @@ def test_train_and_test_run_the_pipelines(options: dict[str, Any], option_file: 
     finally:
         logging.getLogger('basicsr').removeHandler(caplog.handler)
     assert 'net_g_2.pth' in caplog.text
+    assert 'Testing Other' in caplog.text and 'Testing Val' not in caplog.text
     assert Path('results/tiny').is_dir()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.check import phases
 from ..errors import QuantError
 from ..random_state import preserved
 from .patch import mark, marked
@@ -67,9 +68,9 @@ def bare_validation() -> bool:
     return True
 
 
-def epochs() -> bool:
-    """Count epochs by the batches there are: the host also counts the last one, which it drops, and so ends before
-    ``total_iter`` where an epoch is short."""
+def loaders() -> bool:
+    """Count epochs by the batches there are, and pass test sets over: the host also counts the last batch, which it
+    drops, and so ends before ``total_iter`` where an epoch is short; and it refuses a file that names test sets."""
     import basicsr.train as host
 
     create = host.create_train_val_dataloader
@@ -79,7 +80,8 @@ def epochs() -> bool:
     @mark
     @functools.wraps(create)
     def create_train_val_dataloader(opt: dict[str, Any], logger: Any) -> tuple[Any, ...]:
-        loader, sampler, val_loaders, _, total_iter = create(opt, logger)
+        datasets = {name: opt['datasets'][name] for name in phases(opt['datasets'], is_train=True)}
+        loader, sampler, val_loaders, _, total_iter = create({**opt, 'datasets': datasets}, logger)
         if len(loader) == 0:
             raise QuantError(
                 f'datasets.train gives {len(sampler)} images an epoch and rank, which is less than one batch of '
@@ -93,4 +95,4 @@ def epochs() -> bool:
     return True
 
 
-MENDS = (ema_buffers, bare_validation, epochs)
+MENDS = (ema_buffers, bare_validation, loaders)
