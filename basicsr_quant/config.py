@@ -54,7 +54,8 @@ class QuantConfig:
             QuantError: if a glob matches no layer, or nothing is left to quantize.
         """
         request = PlanRequest(self.method, self.w_bits, self.a_bits, self.scope, self.layers, self.settings)
-        plan = make_plan(net, request, frozenset(layer.name for layer in traced.layers if layer.rectified))
+        rectified = frozenset(layer.name for layer in traced.layers if layer.rectified)
+        plan = make_plan(net, request, rectified, frozenset(traced.unused))
         if self.method != 'none' and not plan.quantized:
             raise QuantError(
                 f'quant: nothing is left to quantize: scope {self.scope!r}, w_bits {self.w_bits}, a_bits {self.a_bits} '

@@ -46,13 +46,20 @@ class PlanRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_plan(net: nn.Module, request: PlanRequest, rectified: frozenset[str] = frozenset()) -> Plan:
+def make_plan(
+    net: nn.Module,
+    request: PlanRequest,
+    rectified: frozenset[str] = frozenset(),
+    unused: frozenset[str] = frozenset(),
+) -> Plan:
     """Decide for each convolution and linear layer of ``net`` what happens to it, and why.
 
     Args:
         net: The FP32 network; it is not changed.
         request: Bits, scope and globs.
         rectified: Names of layers whose input follows a ReLU, from :func:`basicsr_quant.network.trace.trace`.
+        unused: Names of layers whose forward a pass never calls, from the same; the network may use their weight all
+            the same (ECBSR merges it), but replacing such a layer would change nothing.
 
     Raises:
         QuantError: if a glob of ``layers`` matches no layer, or nothing is left to quantize.
@@ -68,6 +75,9 @@ def make_plan(net: nn.Module, request: PlanRequest, rectified: frozenset[str] = 
             kinds = ' and '.join(kind.__name__ for kind in QUANTIZED_TWINS)
             w_bits = a_bits = FLOAT_BITS
             why = f'a {type(module).__name__} stays in floating point; quantized are {kinds}'
+        elif (w_bits, a_bits) != (FLOAT_BITS, FLOAT_BITS) and name in unused:
+            w_bits = a_bits = FLOAT_BITS
+            why = 'the network never calls it'
         planned.append(
             LayerPlan(
                 layer=name,
