@@ -112,7 +112,7 @@ def _prepare(
     raw: dict[str, Any], command: str, root: str, is_train: bool, given: argparse.Namespace
 ) -> dict[str, Any] | None:
     from .data.check import check_options
-    from .models.preparation import prepare
+    from .models.preparation import can_report, prepare
 
     resuming = is_train and _resumes(raw, root, given)
     check_options(raw, is_train, resuming)
@@ -120,7 +120,8 @@ def _prepare(
         raise QuantError('sparsity is not available in this version; remove the block')
     block = raw.get('quant')
     if block is None:
-        if command == 'train' or not _REQUEST:
+        # `basicsr test` on a stock file: the host's test, and our result files where the network permits.
+        if command == 'train' or not _REQUEST or not can_report(raw):
             return None
         block = {'method': 'none'}
     wanted = {'command': command, 'root': root, 'is_train': is_train, 'debug': given.debug}

@@ -262,3 +262,25 @@ def test_two_gloo_ranks_end_with_equal_ranges(options: dict[str, Any], option_fi
     assert same_tensors(*ranks)
     moved = [k for k in ranks[0] if k.endswith('input_quantizer.upper')]
     assert moved and all(ranks[0][k] > 0 for k in moved)
+
+
+def test_a_stock_file_of_a_network_that_cannot_be_traced_is_the_hosts(
+    options: dict[str, Any], basicsr: Run, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / 'odd_parts.py').write_text(
+        'import torch\n'
+        'from basicsr.utils.registry import ARCH_REGISTRY\n'
+        '@ARCH_REGISTRY.register()\n'
+        'class OddNet(torch.nn.Module):\n'
+        '    def __init__(self):\n'
+        '        super().__init__()\n'
+        '        self.conv = torch.nn.Conv2d(3, 12, 3, 1, 1)\n'
+        '    def forward(self, x):\n'
+        '        assert x.shape[-2:] == (16, 20)\n'
+        '        return torch.pixel_shuffle(self.conv(x), 2)\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options.update(imports=['odd_parts'], network_g={'type': 'OddNet'})
+    assert basicsr('test', options) == 0
+    assert (tmp_path / 'results/tiny').is_dir() and not list(tmp_path.glob('results/tiny/metrics.*'))
+    assert basicsr('test', {**options, 'quant': {'method': 'minmax'}}) == 2

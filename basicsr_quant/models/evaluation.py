@@ -54,7 +54,7 @@ class Evaluation:
     def end_image(self, visuals: dict[str, Tensor]) -> None:
         """The host has the output."""
         psnr = ssim = None
-        if 'gt' in visuals:
+        if 'gt' in visuals and visuals['result'].dim() == 4:  # not a clip of frames
             output, truth = tensor2img([visuals['result']]), tensor2img([visuals['gt']])
             if output.shape == truth.shape:
                 options = {'crop_border': self.scale, 'test_y_channel': output.ndim == 3}

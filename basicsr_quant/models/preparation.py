@@ -76,6 +76,22 @@ def prepare(
     }
 
 
+def can_report(raw: Mapping[str, Any]) -> bool:
+    """Whether the result files can be made for an option file without ``quant:``: a model that tests as SRModel does,
+    and a network that runs on a dummy image."""
+    from basicsr.models.sr_model import SRModel
+    from basicsr.models.video_base_model import VideoBaseModel
+
+    cls = MODEL_REGISTRY.get(raw['model_type'])
+    if not (isinstance(cls, type) and issubclass(cls, SRModel)) or issubclass(cls, VideoBaseModel):
+        return False
+    try:
+        trace(build_float(raw['network_g']))
+    except QuantError:
+        return False
+    return True
+
+
 def build_float(network: Mapping[str, Any]) -> nn.Module:
     """Build the FP32 network of ``network_g`` without touching the random state.
 
