@@ -92,6 +92,8 @@ def _check_fits(plan: Plan, modules: dict[str, nn.Module]) -> None:
         module = modules.get(layer.layer)
         if module is None:
             raise QuantError(f"the plan quantizes layer '{layer.layer}', which this network does not have")
+        if not layer.layer:
+            raise QuantError(f'the network is one layer, a {layer.type}, and has nothing to be replaced in')
         if type(module).__name__ != layer.type:
             raise QuantError(
                 f"the plan has layer '{layer.layer}' as a {layer.type}, in this network it is a {type(module).__name__}"
