@@ -30,12 +30,9 @@ TRAINING = (
 REDISTRIBUTABLE = {
     'skimage': (
         'astronaut.png',
-        'brick.png',
         'camera.png',
         'clock_motion.png',
         'coins.png',
-        'grass.png',
-        'gravel.png',
         'hubble_deep_field.jpg',
         'ihc.png',
         'retina.jpg',

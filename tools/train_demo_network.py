@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dead_leaves import dead_leaves
 from numpy.typing import NDArray
 from photographs import HELD_OUT, REDISTRIBUTABLE, read
 from torch import nn
@@ -36,29 +37,52 @@ NETWORK: dict[str, Any] = {
     'img_range': 2.0,
 }
 SHRINK = (Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 3))
+SHRINK_JPEG = (Fraction(1, 2), Fraction(1, 3), Fraction(1, 4))
+"""Photographs kept as JPEG are used small enough that the traces of compression are gone."""
+
+DRAWN_SIZE = 256
 FLAT = 4.0
 """Crops whose gray levels vary less than this (standard deviation, 0-255) teach nothing and are drawn again."""
 
-Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+Image = NDArray[np.uint8]
+Pair = tuple[Image, Image]
+
+
+def pair(hr: Image) -> Pair:
+    return crop_to_multiple(hr, SCALE), low_resolution(hr, SCALE)
+
+
+def photographs() -> dict[str, Image]:
+    return {name: read(name, package) for package, names in REDISTRIBUTABLE.items() for name in names}
 
 
 def pairs(smallest: int) -> list[Pair]:
     """Return (HR, LR) of every training photograph at every size whose shorter side keeps ``smallest`` HR pixels."""
-    found: list[Pair] = []
-    for package, names in REDISTRIBUTABLE.items():
-        for name in names:
-            photograph = read(name, package)
-            for shrink in SHRINK:
-                hr = photograph if shrink == 1 else imresize(photograph, shrink)
-                if min(hr.shape[:2]) >= smallest:
-                    found.append((crop_to_multiple(hr, SCALE), low_resolution(hr, SCALE)))
+    found = []
+    for name, photograph in photographs().items():
+        for shrink in SHRINK_JPEG if name.endswith('.jpg') else SHRINK:
+            hr = photograph if shrink == 1 else imresize(photograph, shrink)
+            if min(hr.shape[:2]) >= smallest:
+                found.append(pair(hr))
     return found
 
 
-def draw(pool: list[Pair], area: NDArray[np.float64], size: int, rng: np.random.Generator) -> Pair:
-    """Draw one LR crop of ``size`` x ``size`` with its HR crop, turned and mirrored at random."""
+def drawn_pairs(count: int, seed: int) -> list[Pair]:
+    """Return (HR, LR) of ``count`` drawn images."""
+    rng, colours = np.random.default_rng(seed), list(photographs().values())
+    return [pair(dead_leaves(rng, colours, DRAWN_SIZE)) for _ in tqdm(range(count), unit='drawn image')]
+
+
+def shares(pool: list[Pair]) -> NDArray[np.float64]:
+    """How often each image is seen: by the square root of its area, four times the pixels twice as often."""
+    area = np.sqrt([lr.shape[0] * lr.shape[1] for _, lr in pool])
+    return np.asarray(area / area.sum())
+
+
+def draw(pool: list[Pair], share: NDArray[np.float64], size: int, rng: np.random.Generator) -> Pair:
+    """Draw one LR crop of ``size`` x ``size`` with its HR crop, turned, mirrored, channels swapped at random."""
     while True:
-        hr, lr = pool[rng.choice(len(pool), p=area)]
+        hr, lr = pool[rng.choice(len(pool), p=share)]
         top, left = rng.integers(lr.shape[0] - size + 1), rng.integers(lr.shape[1] - size + 1)
         crop = lr[top : top + size, left : left + size]
         if crop.mean(axis=2).std() >= FLAT:
@@ -70,13 +94,13 @@ def draw(pool: list[Pair], area: NDArray[np.float64], size: int, rng: np.random.
     return turned[0], turned[1]
 
 
-def to_tensor(images: list[NDArray[np.uint8]]) -> torch.Tensor:
+def to_tensor(images: list[Image]) -> torch.Tensor:
     """(H, W, 3) BGR 0-255 -> (N, 3, H, W) RGB 0-1."""
     stacked = np.stack([np.ascontiguousarray(i[..., ::-1]) for i in images])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def upscale(network: nn.Module, lr: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def upscale(network: nn.Module, lr: Image) -> Image:
     """Run the network on one BGR uint8 image."""
     with torch.no_grad():
         out = network(to_tensor([lr]))[0].clamp(0, 1).mul(255).round().byte()
@@ -109,11 +133,11 @@ def train(args: argparse.Namespace) -> nn.Module:
 
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    pool = pairs(smallest=4 * SCALE * args.crop)
-    area = np.array([lr.shape[0] * lr.shape[1] for _, lr in pool], dtype=np.float64)
-    # Square root: a picture four times as large is seen twice as often, not four times.
-    area = np.sqrt(area) / np.sqrt(area).sum()
+    pools = [pairs(smallest=3 * SCALE * args.crop // 2), drawn_pairs(args.drawn, args.seed)]
+    shared = [shares(pool) for pool in pools]
     network = EDSR(**NETWORK)
+    if args.start:
+        network.load_state_dict(torch.load(args.start, weights_only=True)['params'])
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
     )
@@ -124,8 +148,9 @@ def train(args: argparse.Namespace) -> nn.Module:
     )
     bar = tqdm(range(1, args.iterations + 1), unit='step', mininterval=5)
     for i in bar:
-        drawn = [draw(pool, area, args.crop, rng) for _ in range(args.batch)]
-        hr, lr = to_tensor([d[0] for d in drawn]), to_tensor([d[1] for d in drawn])
+        which = rng.random(args.batch) < args.drawn_share
+        batch = [draw(pools[w], shared[w], args.crop, rng) for w in which.astype(int)]
+        hr, lr = to_tensor([b[0] for b in batch]), to_tensor([b[1] for b in batch])
         loss = nn.functional.l1_loss(network(lr), hr)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -141,6 +166,9 @@ def train(args: argparse.Namespace) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('tools/demo/EDSR_demo_x2.pth'))
+    parser.add_argument('--start', type=Path, help='go on from this file')
+    parser.add_argument('--drawn', type=int, default=96, help='number of drawn images')
+    parser.add_argument('--drawn-share', type=float, default=0.4, help='share of the crops that are drawn ones')
     parser.add_argument('--iterations', type=int, default=8000)
     parser.add_argument('--batch', type=int, default=16)
     parser.add_argument('--crop', type=int, default=24, help='LR crop in pixels')
