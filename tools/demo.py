@@ -61,7 +61,13 @@ def build_data() -> None:
     for label, index, scale in (('train_HR_sub', 1, 1), (f'train_LR_bicubic_X{SCALE}_sub', 2, SCALE)):
         size, step = SIZE // scale, STEP // scale
         bar = tqdm(pairs, unit='photograph', desc=label)
-        write_lmdb(unfinished / f'{label}.lmdb', (entries(pair[0], pair[index], size, step) for pair in bar))
+        parts = [entry for pair in bar for entry in entries(pair[0], pair[index], size, step)]
+        # Calibration takes the first images of a data set: numbered in random order they come from all photographs.
+        order = np.random.default_rng(0).permutation(len(parts))
+        write_lmdb(
+            unfinished / f'{label}.lmdb',
+            [[(f'{number:03d}_{key}', png, shape) for number, (key, png, shape) in zip(order, parts)]],
+        )
     for name in HELD_OUT:
         hr = crop_to_multiple(read(name), SCALE)
         stem = Path(name).stem
