@@ -130,8 +130,9 @@ BODY = ['body.0.conv1', 'body.0.conv2', 'body.1.conv1', 'body.1.conv2']
 
 
 def tiny(seed: int = 0, **kwargs: Any) -> Tiny:
-    torch.manual_seed(seed)
-    return Tiny(**kwargs)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Tiny(**kwargs)
 
 
 def images(count: int = 2, size: int = 8, seed: int = 1) -> Tensor:
