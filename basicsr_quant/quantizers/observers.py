@@ -19,6 +19,7 @@ from .fake_quantize import fake_quantize
 OBSERVERS: Registry[type[Observer]] = Registry('observer')
 
 _SAMPLES = 1 << 17
+_SEARCHED_AT_ONCE = 1 << 16  # values, so that they stay in the processor's cache
 
 
 class Observer:
@@ -212,14 +213,16 @@ def search_mse_range(
     """
     low, high = rows.aminmax(dim=1)
 
-    def error(lower: Tensor, upper: Tensor) -> Tensor:
-        lower, upper = torch.minimum(lower, upper)[:, None], upper[:, None]
-        q = fake_quantize(rows, lower, upper, bits, zero_point=zero_point, narrow_range=narrow_range)
-        return (q - rows).square_().mean(dim=1)
+    def error(lower: Tensor, upper: Tensor) -> Tensor:  # of (C, K) ranges, K candidates for each row
+        lower, upper = torch.minimum(lower, upper)[..., None], upper[..., None]
+        values = rows[:, None].expand(-1, max(lower.shape[1], upper.shape[1]), -1)
+        q = fake_quantize(values, lower, upper, bits, zero_point=zero_point, narrow_range=narrow_range)
+        return (q - values).square_().mean(dim=2)
 
+    at_once = max(1, _SEARCHED_AT_ONCE // rows.numel())
     if symmetric:
         high = torch.maximum(low.abs(), high.abs())
-        upper = _search(torch.zeros_like(high), high, candidates, lambda u: error(-u, u))
+        upper = _search(torch.zeros_like(high), high, candidates, at_once, lambda u: error(-u, u))
         return -upper, upper
     lower, upper = low, high
     start_high = torch.where(high > 0, low.clamp(min=0), low)
@@ -227,30 +230,27 @@ def search_mse_range(
     for _ in range(3):
         before = (lower, upper)
         if high.any():
-            found = _search(start_high, high, candidates, partial(error, lower))
+            found = _search(start_high, high, candidates, at_once, partial(error, lower[:, None]))
             upper = torch.where(high == 0, high, found)
         if low.any():
-            found = _search(start_low, low, candidates, partial(error, upper=upper))
+            found = _search(start_low, low, candidates, at_once, partial(error, upper=upper[:, None]))
             lower = torch.where(low == 0, low, found)
         if torch.equal(before[0], lower) and torch.equal(before[1], upper):
             break
     return lower, upper
 
 
-def _search(start: Tensor, end: Tensor, candidates: int, error: Callable[[Tensor], Tensor]) -> Tensor:
+def _search(
+    start: Tensor, end: Tensor, candidates: int, at_once: int, error: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The point between ``start`` and ``end`` with the least error, row by row; of equal ones the widest."""
-    best_error = torch.full_like(end, float('inf'))
-    best = torch.ones_like(end)
 
-    def attempt(fraction: Tensor) -> None:
-        nonlocal best, best_error
-        found = error(start + (end - start) * fraction)
-        best = torch.where(found < best_error, fraction, best)
-        best_error = torch.minimum(found, best_error)
+    def best(fractions: Tensor) -> Tensor:
+        points = start[:, None] + (end - start)[:, None] * fractions
+        errors = torch.cat([error(chunk) for chunk in points.split(at_once, dim=1)], dim=1)
+        return fractions.gather(1, errors.argmin(dim=1, keepdim=True))
 
-    for i in range(candidates, 0, -1):
-        attempt(torch.full_like(end, i / candidates))
-    centre = best
-    for i in range(7, -8, -1):
-        attempt((centre + i / (8 * candidates)).clamp(max=1.0))
-    return start + (end - start) * best
+    coarse = torch.arange(candidates, 0, -1).to(end) / candidates
+    around = torch.arange(7, -8, -1).to(end) / (8 * candidates)
+    fraction = best((best(coarse.expand(len(end), -1)) + around).clamp(max=1.0))
+    return start + (end - start) * fraction[:, 0]
