@@ -153,7 +153,7 @@ def test_slurm_needs_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip('there is a GPU')
     with pytest.raises(QuantError, match='--launcher slurm needs a GPU'):
-        importlib.import_module('basicsr.utils.dist_util').init_dist('slurm')
+        importlib.import_module('basicsr.utils.dist_util')._init_dist_slurm('nccl')
 
 
 def realesr(options: dict[str, Any], images: Path, tmp_path: Path) -> None:
