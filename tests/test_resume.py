@@ -118,10 +118,11 @@ def noisy_model() -> str:
     return 'NoisyModel'
 
 
-@pytest.mark.parametrize('first', [2, 3])
-def test_what_a_model_draws_goes_on_as_well(first: int, options: dict[str, Any], train: Callable[..., Path],
-                                            noisy_model: str) -> None:
+@pytest.mark.parametrize(('first', 'prefetch'), [(2, None), (3, None), (2, 'cpu')])
+def test_what_a_model_draws_goes_on_as_well(first: int, prefetch: str | None, options: dict[str, Any],
+                                            train: Callable[..., Path], noisy_model: str) -> None:
     options['model_type'] = noisy_model
+    options['datasets']['train']['prefetch_mode'] = prefetch
     whole, resumed = twice(options, train, first, 6)
     assert_same(tensors(whole, 6), tensors(resumed, 6))
 
