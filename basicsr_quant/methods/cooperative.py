@@ -6,6 +6,7 @@ Pure functions first; :class:`CooperativeTraining` hangs them onto a network and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,24 @@ def mismatch(x: Tensor, q: Tensor, detach_target: bool = True) -> Tensor:
     The grid values q are a constant target (our reading: with plain straight-through gradients d(x - q)/dx is zero
     inside the range, and nothing would pull values onto the grid). ``detach_target=False`` is the other reading.
     """
-    target = q.detach() if detach_target else q
-    return ((_wide(x) - _wide(target)).square().sum() + _EPS).sqrt()
+    return _Mismatch.apply(x, q.detach() if detach_target else q)
+
+
+class _Mismatch(torch.autograd.Function):
+    """sqrt(sum (x - q)^2 + eps). Keeps x and q, which the layer keeps anyway, instead of a difference a layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Tensor) -> Tensor:
+        norm = ((_wide(x) - _wide(q)).square_().sum() + _EPS).sqrt()
+        ctx.save_for_backward(x, q, norm)
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, q, norm = ctx.saved_tensors
+        away = (_wide(x) - _wide(q)).mul_(grad / norm)
+        need_x, need_q = ctx.needs_input_grad
+        return (away.to(x.dtype) if need_x else None), (-away.to(q.dtype) if need_q else None)
 
 
 def deviation(x: Tensor) -> Tensor:
@@ -115,37 +132,59 @@ class CooperativeTraining(Training):
         ranges = {id(p) for q in net.modules() if isinstance(q, RelativeRange) for p in q.range_parameters()}
         # The formula updates the network's parameters; ranges learn from the reconstruction alone.
         self._params = [p for p in net.parameters() if p.requires_grad and id(p) not in ranges]
-        self._terms: list[Tensor] = []
         self._gradients: list[Tensor] | None = None
         self._passes = 0
+        self._begin()
+        self._within = False
         self._figures: dict[str, Tensor] = {}
-        for layer in quant_layers(net).values():
-            if isinstance(layer.input_quantizer, Quantizer):
-                layer.input_quantizer.register_forward_hook(self._collect)
+        inputs = [layer.input_quantizer for layer in quant_layers(net).values()]
+        for quantizer in (q for q in inputs if isinstance(q, Quantizer)):
+            quantizer.register_forward_hook(self._collect)
+        self._last = sum(isinstance(q, Quantizer) for q in inputs)  # terms of a pass, until one has been counted
         net.register_forward_pre_hook(self._begin)
-        net.register_forward_hook(self._differentiate)
+        net.register_forward_hook(self._end)
         optimizer.register_step_pre_hook(self._combine)
 
     def _begin(self, *_: object) -> None:
-        self._terms = []  # of a pass that was broken off, or of layers called on their own
+        self._within = True  # not while layers are called on their own, or again by activation checkpointing
+        self._terms: list[Tensor] = []
+        self._seen = 0
+        self._loss: Tensor | None = None
+        self._found: list[Tensor] | None = None  # by this pass; it counts once the pass has come to its end
 
     def _collect(self, quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.net.training and torch.is_grad_enabled() and inputs[0].requires_grad:
-            self._terms.append(self.term(inputs[0], output))
+            term = self.term(inputs[0], output)  # always: checkpointing compares what a second run saves
+            if not self._within:
+                return
+            self._terms.append(term)
+            self._seen += 1
+            if self._seen == self._last:
+                # The last term, as the pass before counted them: differentiating here, before the rest of the network
+                # runs, keeps the up-sampler's large activations out of this backward's peak of memory.
+                self._differentiate()
 
-    def _differentiate(self, *_: object) -> None:
+    def _end(self, *_: object) -> None:
+        self._differentiate()
+        self._within = False
+        self._last = self._seen
+        if self._loss is not None and self._found is not None:
+            self._gradients = _added(self._gradients, self._found)
+            self._passes += 1
+            self._figures['l_regularizer'] = self._loss * self.weight
+
+    def _differentiate(self) -> None:
         terms, self._terms = self._terms, []
-        if not terms:
-            return
-        loss = torch.stack(terms).sum()
         wanted = [p for p in self._params if p.requires_grad]  # a host may freeze some meanwhile
+        if not terms or not wanted:
+            return
+        self._within = False
+        loss = torch.stack(terms).sum()
         found = dict(zip(wanted, torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)))
         gradients = [g if (g := found.get(p)) is not None else torch.zeros_like(p) for p in self._params]
-        if self._gradients is not None:
-            gradients = [a + b for a, b in zip(self._gradients, gradients)]
-        self._gradients = gradients
-        self._passes += 1
-        self._figures['l_regularizer'] = loss.detach() * self.weight
+        self._found = _added(self._found, gradients)
+        self._within = True
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
     @torch.no_grad()
     def _combine(self, *_: object) -> None:
@@ -170,6 +209,10 @@ class CooperativeTraining(Training):
     def log(self) -> dict[str, float]:
         """Adds: ``l_regularizer`` (lambda L_M), ``cosine`` (mean), ``ratio`` (|lambda sim g_M| / |g_R|)."""
         return {**{k: float(v) for k, v in self._figures.items()}, **super().log()}
+
+
+def _added(first: list[Tensor] | None, second: list[Tensor]) -> list[Tensor]:
+    return second if first is None else [a + b for a, b in zip(first, second)]
 
 
 def _average_over_ranks(gradients: list[Tensor]) -> list[Tensor]:
