@@ -185,7 +185,7 @@ def torchrun(path: str, folder: Path, *flags: str) -> None:
                'basicsr_quant', 'train', '-opt', path, '--launcher', 'pytorch', *flags]
     source = str(Path(basicsr_quant.__file__).parent.parent)
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': source}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -199,12 +199,13 @@ def test_two_processes_train_validate_and_resume(options: dict[str, Any], option
         'depths': [2], 'embed_dim': 8, 'num_heads': [2], 'mlp_ratio': 2, 'upsampler': 'pixelshuffledirect',
         'resi_connection': '1conv', 'drop_path_rate': 0.5,
     }
-    options['datasets']['train'].update(num_worker_per_gpu=1, batch_size_per_gpu=2, dataset_enlarge_ratio=3)
+    options['datasets']['train'].update(batch_size_per_gpu=2, dataset_enlarge_ratio=3)
     options['logger']['save_checkpoint_freq'] = 3
     found = {}
     for name, totals in (('whole', (6, )), ('parts', (3, 6))):
         for total in totals:
             options['name'], options['train']['total_iter'] = name, total
+            options['datasets']['train']['num_worker_per_gpu'] = 1 if total == 3 else 0
             torchrun(option_file(options), tmp_path, '--auto_resume')
         file = tmp_path / 'experiments' / name / 'models' / 'net_g_6.pth'
         found[name] = torch.load(file, weights_only=True)
