@@ -40,7 +40,7 @@ class Registry(Generic[T]):
         return decorate
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._items:
+        if name not in self:
             known = ' '.join(self._items)
             raise QuantError(f"there is no {self.kind} '{name}'{nearest(name, self._items)}; known: {known}")
         return self._items[name]
