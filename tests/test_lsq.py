@@ -10,7 +10,7 @@ from helpers import BODY, assert_close, images, plan_of, quantize_rows, quantize
 
 from basicsr_quant.methods import method_of
 from basicsr_quant.network.surgery import quant_layers
-from basicsr_quant.quantizers import LearnedStep
+from basicsr_quant.quantizers import LearnedStep, search_mse_range
 
 
 def calibrated(bits=4, batches=None, **settings):
@@ -87,7 +87,19 @@ def test_an_mse_start_is_the_best_step_of_lsqs_own_grid(bits, signed):
     assert float(found) <= 1.02 * min(errors.values())
 
 
-@pytest.mark.parametrize('init', ['lsq', 'mse', 'percentile', 'minmax'])
+@pytest.mark.parametrize('bits', [2, 4])
+def test_a_covering_start_reaches_the_symmetric_range_on_both_sides(bits):
+    method = method_of(plan_of(tiny(), 'lsq', bits, options={'init': 'mse_cover'}))
+    quantizer = LearnedStep(bits, signed=True, batched=True)
+    x = torch.randn(4, 2000, generator=torch.Generator().manual_seed(0))
+    observer = method.make_observer('layer', quantizer)
+    observer.update(x)
+    upper = search_mse_range(x.reshape(1, -1), bits, symmetric=True)[1]
+    method.start_input(quantizer, observer)
+    assert float(quantizer.bounds(x)[1]) == pytest.approx(float(upper), rel=0.02)
+
+
+@pytest.mark.parametrize('init', ['lsq', 'mse', 'mse_cover', 'percentile', 'minmax'])
 @pytest.mark.parametrize('granularity', ['tensor', 'channel'])
 def test_every_start_gives_positive_steps_and_zero_as_a_code(init, granularity):
     net = calibrated(2, options={'init': init}, w_granularity=granularity)

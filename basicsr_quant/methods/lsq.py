@@ -9,16 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..network.plan import LayerPlan
-from ..quantizers import LearnedStep, Observer, Quantizer
+from ..quantizers import LearnedStep, MSEObserver, Observer, Quantizer
 from ..schema import option
 from .base import METHODS, Method, RangeOptions
 
 
 @dataclass(frozen=True)
 class LSQOptions(RangeOptions):
-    """``init: lsq`` starts each step at 2 mean|x| / sqrt(Q_P), as the paper; the other choices as elsewhere."""
+    """``init: lsq`` starts each step at 2 mean|x| / sqrt(Q_P), as the paper; the other choices as elsewhere.
 
-    init: str = option('lsq', choices=('lsq', 'mse', 'percentile', 'minmax'))
+    ``mse`` is the step with the least error on LSQ's own lopsided grid. ``mse_cover`` is a wider one: the grid reaches
+    the symmetric range of least error on both sides. At two bits it is the better start for training.
+    """
+
+    init: str = option('lsq', choices=('lsq', 'mse', 'mse_cover', 'percentile', 'minmax'))
 
 
 class _MeanMagnitude(Observer):
@@ -62,6 +66,8 @@ class LSQ(Method):
         if self.options.init == 'lsq':
             return _MeanMagnitude(per_channel)
         signed = isinstance(quantizer, LearnedStep) and quantizer.signed
+        if self.options.init == 'mse_cover':
+            return MSEObserver(per_channel, quantizer.num_bits, symmetric=signed)
         return super()._observer(quantizer, signed, per_channel)
 
     def start_input(self, quantizer: Any, observer: Observer) -> None:
