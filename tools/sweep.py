@@ -170,23 +170,23 @@ def train(run: dict[str, Any], args: argparse.Namespace, data: Path) -> dict[str
 
 
 def measure(run: dict[str, Any], args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Test a trained run on the three benchmarks; return their PSNR by name."""
+    """Test a trained run on the benchmarks that ``--measure`` names; return the run with their PSNR."""
     file = args.out / f'{run_name(run)}_test.yml'
     opt = options(run, data, (args.out / 'pairs').resolve())
-    sets = {'Set5': 'Set5', 'Set14': 'Set14', 'Urban100-20': 'Urban100-20'}
     opt['datasets'] = {
         f'test_{number}': {
             **opt['datasets']['val'],
             'name': name,
-            'dataroot_gt': str(data / 'benchmarks' / folder / 'HR'),
-            'dataroot_lq': str(data / 'benchmarks' / folder / 'LR_bicubic/X2'),
+            'dataroot_gt': str(data / 'benchmarks' / name / 'HR'),
+            'dataroot_lq': str(data / 'benchmarks' / name / 'LR_bicubic/X2'),
         }
-        for number, (name, folder) in enumerate(sets.items(), 1)
+        for number, name in enumerate(args.measure, 1)
     }
     file.write_text(yaml.safe_dump(opt, sort_keys=False))
     call(['test', '-opt', str(file.resolve())], args)
     found = json.loads((args.out / 'results' / run_name(run) / 'metrics.json').read_text())
-    return {**run, 'benchmarks': {name: found['datasets'][name]['psnr'] for name in sets}}
+    measured = {name: found['datasets'][name]['psnr'] for name in args.measure}
+    return {**run, 'benchmarks': {**run.get('benchmarks', {}), **measured}}
 
 
 def call(arguments: list[str], args: argparse.Namespace) -> str:
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path('sweep'))
     parser.add_argument('--command', default='-m basicsr_quant', help='what python runs')
     parser.add_argument('--table', action='store_true', help='print the table of what is there and stop')
-    parser.add_argument('--measure', action='store_true', help='also test on Set14 and Urban100-20')
+    parser.add_argument('--measure', nargs='+', default=[], metavar='SET', help='test on these benchmarks too')
     args = parser.parse_args()
     results = args.out / 'results.jsonl'
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
@@ -267,7 +267,7 @@ def main() -> None:
 
     def work(run: dict[str, Any]) -> None:
         finished = known.get(run_name(run)) or train(run, args, data)
-        if args.measure and 'benchmarks' not in finished:
+        if not set(args.measure) <= set(finished.get('benchmarks', {})):
             finished = measure(finished, args, data)
         with lock:
             known[run_name(run)] = finished
