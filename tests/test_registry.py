@@ -41,7 +41,8 @@ def test_a_name_is_taken_once_and_a_refusal_changes_nothing(colours):
 
 
 @pytest.mark.parametrize(
-    ('name', 'hint'), [('rad', " (did you mean 'red'?)"), ('xyz', ''), (None, ''), (3, ''), (['red'], " (did you mean 'red'?)")]
+    ('name', 'hint'),
+    [('rad', " (did you mean 'red'?)"), ('xyz', ''), (None, ''), (3, ''), (['red'], " (did you mean 'red'?)")],
 )
 def test_a_missing_name_is_answered_with_the_known_ones(colours, name, hint):
     assert name not in colours
