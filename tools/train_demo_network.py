@@ -1,10 +1,12 @@
-"""Train the small FP32 EDSR x2 that the demo starts from, on photographs whose terms allow passing them on.
+"""Train the small FP32 EDSR x2 that the demo starts from, on photographs whose terms allow passing them on,
+and, with ``--more``, on others.
 
-    python tools/train_demo_network.py --out tools/demo/EDSR_demo_x2.pth
+    python tools/train_demo_network.py --out first.pth
 
-L1, Adam with cosine decay, exponential moving average of the weights, flips and rotations. Photographs are used at
-several sizes: shrinking them removes JPEG traces and makes more kinds of edges out of few pictures. The held-out
-photographs are only measured.
+L1, Adam with cosine decay, an average of the weights over the second half, flips and rotations. Photographs are used at
+several sizes: shrinking them removes JPEG traces and makes more kinds of edges out of few pictures; drawn images
+(dead_leaves.py) add more. The held-out photographs are only measured. tools/demo/CARD.md gives the commands of the
+network that ships.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from dead_leaves import dead_leaves
@@ -40,6 +43,9 @@ SHRINK = (Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 3))
 SHRINK_JPEG = (Fraction(1, 2), Fraction(1, 3), Fraction(1, 4))
 """Photographs kept as JPEG are used small enough that the traces of compression are gone."""
 
+MORE_JPEG = Fraction(2, 3)
+"""Size at which JPEG photographs of ``--more`` are used."""
+
 DRAWN_SIZE = 256
 FLAT = 4.0
 """Crops whose gray levels vary less than this (standard deviation, 0-255) teach nothing and are drawn again."""
@@ -56,10 +62,10 @@ def photographs() -> dict[str, Image]:
     return {name: read(name, package) for package, names in REDISTRIBUTABLE.items() for name in names}
 
 
-def pairs(smallest: int) -> list[Pair]:
-    """Return (HR, LR) of every training photograph at every size whose shorter side keeps ``smallest`` HR pixels."""
+def pairs(images: dict[str, Image], smallest: int) -> list[Pair]:
+    """Return (HR, LR) of every photograph at every size whose shorter side keeps ``smallest`` HR pixels."""
     found = []
-    for name, photograph in photographs().items():
+    for name, photograph in images.items():
         for shrink in SHRINK_JPEG if name.endswith('.jpg') else SHRINK:
             hr = photograph if shrink == 1 else imresize(photograph, shrink)
             if min(hr.shape[:2]) >= smallest:
@@ -67,9 +73,19 @@ def pairs(smallest: int) -> list[Pair]:
     return found
 
 
-def drawn_pairs(count: int, seed: int) -> list[Pair]:
+def more_pairs(folders: list[list[str]]) -> list[Pair]:
+    """Return (HR, LR) of every so-many-th photograph of each (folder, step)."""
+    found = []
+    for folder, step in folders:
+        for file in sorted(Path(folder).glob('*.*'))[:: int(step)]:
+            image = cv2.imread(str(file))
+            found.append(pair(imresize(image, MORE_JPEG) if file.suffix == '.jpg' else image))
+    return found
+
+
+def drawn_pairs(colours: list[Image], count: int, seed: int) -> list[Pair]:
     """Return (HR, LR) of ``count`` drawn images."""
-    rng, colours = np.random.default_rng(seed), list(photographs().values())
+    rng = np.random.default_rng(seed)
     return [pair(dead_leaves(rng, colours, DRAWN_SIZE)) for _ in tqdm(range(count), unit='drawn image')]
 
 
@@ -133,8 +149,14 @@ def train(args: argparse.Namespace) -> nn.Module:
 
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    pools = [pairs(smallest=3 * SCALE * args.crop // 2), drawn_pairs(args.drawn, args.seed)]
-    shared = [shares(pool) for pool in pools]
+    images = photographs()
+    pools = [
+        pairs(images, smallest=3 * SCALE * args.crop // 2),
+        drawn_pairs(list(images.values()), args.drawn, args.seed) if args.drawn else [],
+        more_pairs(args.more),
+    ]
+    chances = np.array([1 - args.drawn_share - args.more_share, args.drawn_share, args.more_share])
+    shared = [shares(pool) if pool else np.zeros(0) for pool in pools]
     network = EDSR(**NETWORK)
     if args.start:
         network.load_state_dict(torch.load(args.start, weights_only=True)['params'])
@@ -148,8 +170,8 @@ def train(args: argparse.Namespace) -> nn.Module:
     )
     bar = tqdm(range(1, args.iterations + 1), unit='step', mininterval=5)
     for i in bar:
-        which = rng.random(args.batch) < args.drawn_share
-        batch = [draw(pools[w], shared[w], args.crop, rng) for w in which.astype(int)]
+        which = rng.choice(3, args.batch, p=chances)
+        batch = [draw(pools[w], shared[w], args.crop, rng) for w in which]
         hr, lr = to_tensor([b[0] for b in batch]), to_tensor([b[1] for b in batch])
         loss = nn.functional.l1_loss(network(lr), hr)
         optimizer.zero_grad(set_to_none=True)
@@ -169,6 +191,9 @@ def main() -> None:
     parser.add_argument('--start', type=Path, help='go on from this file')
     parser.add_argument('--drawn', type=int, default=96, help='number of drawn images')
     parser.add_argument('--drawn-share', type=float, default=0.4, help='share of the crops that are drawn ones')
+    parser.add_argument('--more', nargs=2, action='append', default=[], metavar=('FOLDER', 'STEP'),
+                        help='every STEP-th photograph of a folder; the network then carries their terms')  # fmt: skip
+    parser.add_argument('--more-share', type=float, default=0.0, help='share of the crops that are from --more')
     parser.add_argument('--iterations', type=int, default=8000)
     parser.add_argument('--batch', type=int, default=16)
     parser.add_argument('--crop', type=int, default=24, help='LR crop in pixels')
