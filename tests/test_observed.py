@@ -105,5 +105,5 @@ def test_ranges_train_only_if_asked(method, learn):
 
 def test_mse_is_the_best_of_the_three_at_two_bits():
     x, wanted = images(4), tiny()(images(4)).detach()
-    errors = {m: float((calibrated(m, 2)(x) - wanted).square().mean()) for m in METHODS}
+    errors = {m: float((calibrated(m, 2)(x) - wanted).detach().square().mean()) for m in METHODS}
     assert min(errors, key=errors.get) == 'mse'

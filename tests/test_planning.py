@@ -272,6 +272,12 @@ def test_body_of_odd_networks(net, body):
     assert body_layers(net) == body
 
 
+def test_an_end_inside_the_body_has_eight_bits_under_scope_all_only():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Odd(nn.ReLU()), Odd(nn.ReLU())))
+    assert make_plan(net, request(scope='all')).layers[-1].w_bits == 8
+    assert make_plan(net, request(scope='body')).layers[-1].w_bits == 4
+
+
 def test_planning_changes_nothing():
     net = tiny()
     before, modules = {k: v.clone() for k, v in net.state_dict().items()}, list(net.modules())
