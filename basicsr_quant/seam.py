@@ -41,7 +41,7 @@ def _wrap(host: Any) -> Any:
     @functools.wraps(host)
     def parse_options(root_path: str, is_train: bool = True) -> Any:
         given = _read_command_line()
-        command = _REQUEST.get('command', 'train' if is_train else 'test')
+        command = 'train' if is_train else _REQUEST.get('command', 'test')
         raw = option_file.read(given.opt)
         _force(raw, given.force_yml)
         import_components(raw.get('imports'))

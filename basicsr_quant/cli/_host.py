@@ -46,6 +46,7 @@ def run(command: str, pipeline: str, args: argparse.Namespace, **request: object
         getattr(host, f'{pipeline}_pipeline')(os.getcwd())
     finally:
         sys.argv = before
+        seam.request()  # a pipeline that is run later in this process asked for nothing
         _leave_group()
 
 

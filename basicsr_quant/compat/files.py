@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import pickle
+import time
 from collections import OrderedDict
 from typing import Any
 
@@ -100,4 +101,24 @@ def atomic_checkpoints() -> bool:
     return True
 
 
-MENDS = (safe_options, safe_checkpoints, atomic_checkpoints)
+def archive_names() -> bool:
+    """Wait for a free name when an earlier experiment is archived: the host names it by the second, and a second run
+    within that second fails on the folder that the first one left."""
+    import basicsr.train
+    from basicsr.utils import misc
+
+    host = misc.mkdir_and_rename
+    if marked(host):
+        return False
+
+    @mark
+    def mkdir_and_rename(path: str) -> None:
+        while os.path.exists(path) and os.path.exists(f'{path}_archived_{misc.get_time_str()}'):
+            time.sleep(0.05)
+        host(path)
+
+    misc.mkdir_and_rename = basicsr.train.mkdir_and_rename = mkdir_and_rename
+    return True
+
+
+MENDS = (archive_names, safe_options, safe_checkpoints, atomic_checkpoints)
