@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 from numpy.typing import NDArray
 
 from basicsr_quant.errors import QuantError
 
-Image = NDArray[np.generic]
+Image = NDArray[Any]
 Entry = tuple[str, bytes, tuple[int, int, int]]
 """Key, PNG file, shape (H, W, C): what BasicSR's LMDB maker stores."""
 
