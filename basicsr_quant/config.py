@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from .errors import QuantError, nearest
-from .methods import METHODS, settings_of
+from .methods import METHODS, method_of, settings_of
 from .network.plan import FLOAT_BITS, Plan
 from .network.planning import LayerRule, PlanRequest, make_plan
 from .network.trace import NetworkTrace
@@ -51,7 +51,7 @@ class QuantConfig:
         """Plan ``net``, an FP32 network; ``traced`` tells which inputs follow a ReLU.
 
         Raises:
-            QuantError: if a glob matches no layer, or nothing is left to quantize.
+            QuantError: if a glob matches no layer, nothing is left to quantize, or the method refuses the plan.
         """
         request = PlanRequest(self.method, self.w_bits, self.a_bits, self.scope, self.layers, self.settings)
         rectified = frozenset(layer.name for layer in traced.layers if layer.rectified)
@@ -61,6 +61,7 @@ class QuantConfig:
                 f'quant: nothing is left to quantize: scope {self.scope!r}, w_bits {self.w_bits}, a_bits {self.a_bits} '
                 "and quant.layers leave every layer in floating point; use 'method: none' if that is meant"
             )
+        method_of(plan).check(plan)
         return plan
 
 

@@ -20,7 +20,7 @@ from basicsr_quant.cli import main
 
 pytestmark = pytest.mark.skipif(not compat.has_host(), reason='BasicSR is not installed')
 
-METHODS = ('minmax', 'percentile', 'mse', 'lsq', 'pams', 'odm', 'odm_v1')
+METHODS = ('minmax', 'percentile', 'mse', 'lsq', 'pams', 'daq', 'odm', 'odm_v1')
 Run = Callable[..., int]
 
 

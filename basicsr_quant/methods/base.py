@@ -68,6 +68,13 @@ class Method:
         self.reference_compat: bool = settings['reference_compat']
         self.options: Any = read(self.Options, settings['options'], f'quant.{self.name}')
 
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan that the method cannot carry out; called before anything is built.
+
+        Raises:
+            QuantError: naming the layer or option, and what to write.
+        """
+
     # -- quantizers ------------------------------------------------------------------------------------------------
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
@@ -85,6 +92,11 @@ class Method:
         return (weight.shape[0],) + (1,) * (weight.dim() - 1) if self.per_channel else ()
 
     # -- calibration -----------------------------------------------------------------------------------------------
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether calibration looks at images; without them ``quant.calibration`` may be left out."""
+        return True
 
     def calibrate(self, net: nn.Module, batches: Iterable[Tensor]) -> Observations:
         """Set every range from the FP32 network's activations on ``batches`` and from its weights.
@@ -213,4 +225,5 @@ def method_of(plan: Plan) -> Method:
 def quantize(net: nn.Module, plan: Plan) -> nn.Module:
     """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``."""
     method = method_of(plan)
+    method.check(plan)
     return apply_plan(net, plan, method.make_input, method.make_weight)

@@ -13,6 +13,7 @@ from ..config import CalibrationConfig, QuantConfig, read_config
 from ..data.calibration import dataset_options, number_of_images
 from ..data.check import check_dataset
 from ..errors import QuantError
+from ..methods import method_of
 from ..network.plan import Plan
 from ..network.trace import trace
 from ..random_state import preserved
@@ -173,7 +174,7 @@ def _check_calibration(
     path: str | None,
     is_train: bool,
 ) -> None:
-    if not plan.quantized or (file is not None and file.plan is not None):
+    if not plan.quantized or (file is not None and file.plan is not None) or not method_of(plan).needs_images:
         return
     if config.calibration is None and not is_train:
         raise QuantError(

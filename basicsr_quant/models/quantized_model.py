@@ -98,22 +98,26 @@ class QuantizedModelMixin:
             return
         config = self._run['calibration'] or CalibrationConfig()
         train = self.opt['datasets'].get('train') if self.opt['is_train'] else None
-        options = dataset_options(config, train, self.opt.get('scale', 1))
+        looks = self._method.needs_images
+        options = dataset_options(config, train, self.opt.get('scale', 1)) if looks else {}
         start = time.time()
         net = self._bare()
         _same_on_all_ranks(net.state_dict())  # without a checkpoint each rank has drawn its own weights
         before = set(vars(self))
-        images = calibration_images(config, options, self._to_lq, self.opt['manual_seed'])
+        images = calibration_images(config, options, self._to_lq, self.opt['manual_seed']) if looks else ()
         seen = self._method.calibrate(net, images)
         for name in set(vars(self)) - before:  # what feed_data left behind
             delattr(self, name)
         scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=self.device)  # type: ignore[attr-defined]
         _same_on_all_ranks({**net.state_dict(), 'feature scale': scale})
         self._calibration = {'feature_scale': float(scale), 'images': seen.images}
+        if seen.choices:
+            self._calibration['choices'] = seen.choices
+        source = f'on {seen.images} images of {options["name"]}' if looks else 'without images'
+        scale_found = f'; feature scale c = {seen.feature_scale:.4g}' if looks else ''
         logger.info(
-            'Calibrated %d quantizers (method %s) on %d images of %s in %.1f s; feature scale c = %.4g.',
-            len(quantizers(net)), self._run['plan'].method, seen.images, options['name'], time.time() - start,
-            seen.feature_scale,
+            'Calibrated %d quantizers (method %s) %s in %.1f s%s.',
+            len(quantizers(net)), self._run['plan'].method, source, time.time() - start, scale_found,
         )  # fmt: skip
 
     def _to_lq(self, data: Any) -> Tensor:

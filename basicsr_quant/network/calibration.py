@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +30,14 @@ class Observations:
         feature_scale: c, the network's feature scale relative to a 0-255 one: the median of ``stds`` over
             :data:`REFERENCE_STD`. 1.0 for a network without quantized inputs.
         images: Number of images seen.
+        choices: What the method chose from them and why, as plain data; goes into the checkpoint.
     """
 
     observers: dict[str, Observer] = field(default_factory=dict)
     stds: dict[str, float] = field(default_factory=dict)
     feature_scale: float = 1.0
     images: int = 0
+    choices: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -70,21 +74,29 @@ def observe(
 
         handles.append(layer.input_quantizer.register_forward_pre_hook(hook))
     device = next((p.device for p in net.parameters()), torch.device('cpu'))
-    modes = [(module, module.training) for module in net.modules()]  # a part may be frozen in another mode
-    net.eval()
     try:
-        with floating_point(net):
+        with evaluating(net), floating_point(net):
             for batch in batches:
                 net(batch.to(device))
                 seen.images += batch.shape[0]
     finally:
-        for module, mode in modes:
-            module.training = mode
         for handle in handles:
             handle.remove()
     seen.stds = {name: sum(values) / len(values) for name, values in totals.items()}
     seen.feature_scale = feature_scale(list(seen.stds.values()))
     return seen
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Within it ``net`` is in eval mode; afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for module in net.modules()]  # a part may be frozen in another mode
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def feature_scale(stds: list[float]) -> float:
