@@ -56,7 +56,7 @@ def test_too_few_images(asked: int | None, there: int, words: str) -> None:
 
 @pytest.mark.parametrize('kind', ['folder', 'lmdb', 'pairs', 'training set'])
 def test_images_of_any_data_set_and_random_states_untouched(kind: str, images: Path, options: dict[str, Any]) -> None:
-    from basicsr_quant.data.calibration import calibration_images, dataset_options
+    from basicsr_quant.data.calibration import CalibrationImages, dataset_options
 
     lmdb = {'dataroot_lq': str(images / 'lq.lmdb'), 'io_backend': {'type': 'lmdb'}}
     given = {
@@ -70,7 +70,7 @@ def test_images_of_any_data_set_and_random_states_untouched(kind: str, images: P
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
 
     def taken() -> list[torch.Tensor]:
-        return list(calibration_images(config, dataset_options(config, train, 2), lambda data: data['lq'], seed=0))
+        return list(CalibrationImages(config, dataset_options(config, train, 2), lambda data: data['lq'], seed=0))
 
     first, second = taken(), taken()
     assert [tuple(image.shape) for image in first] == [(1, 3, 16, 16)] * 4

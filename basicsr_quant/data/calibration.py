@@ -52,10 +52,10 @@ def dataset_options(config: CalibrationConfig, train: Mapping[str, Any] | None, 
     return options
 
 
-def calibration_images(
-    config: CalibrationConfig, options: dict[str, Any], to_lq: Callable[[Any], Tensor], seed: int
-) -> Iterator[Tensor]:
-    """Yield LQ images (1, C, h, w) in the network's pixel range, centre crops of at most ``patch_size`` pixels a side.
+class CalibrationImages:
+    """LQ images (1, C, h, w) in the network's pixel range, centre crops of at most ``patch_size`` pixels a side.
+
+    Its length is the number of images; each pass over it reads the same ones again, and holds one at a time.
 
     Args:
         config: Number of images and crop.
@@ -66,17 +66,30 @@ def calibration_images(
     Raises:
         QuantError: if the data set is empty or has fewer images than asked for.
     """
-    with preserved():
-        dataset = build_dataset(options)
-        loader = build_dataloader(dataset, options, num_gpu=0, dist=False, sampler=None, seed=seed)
-    count = number_of_images(config, len(dataset), options)
-    batches = iter(())
-    for index in range(count):
-        with seeded(seed, index):
-            if index == 0:
-                batches = iter(loader)
-            lq = to_lq(next(batches))
-        yield centre_crop(lq, config.patch_size)
+
+    def __init__(
+        self, config: CalibrationConfig, options: dict[str, Any], to_lq: Callable[[Any], Tensor], seed: int
+    ) -> None:
+        with preserved():
+            self._dataset = build_dataset(options)
+        self._count = number_of_images(config, len(self._dataset), options)
+        self._patch, self._options, self._to_lq, self._seed = config.patch_size, options, to_lq, seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        with preserved():
+            loader = build_dataloader(
+                self._dataset, self._options, num_gpu=0, dist=False, sampler=None, seed=self._seed
+            )
+        batches = iter(())
+        for index in range(self._count):
+            with seeded(self._seed, index):
+                if index == 0:
+                    batches = iter(loader)
+                lq = self._to_lq(next(batches))
+            yield centre_crop(lq, self._patch)
 
 
 def number_of_images(config: CalibrationConfig, there: int, options: Mapping[str, Any]) -> int:

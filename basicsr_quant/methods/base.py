@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import QuantError
 from ..network.calibration import Observations, observe
 from ..network.plan import LayerPlan, Plan
+from ..network.stages import Stages
 from ..network.surgery import apply_plan, quant_layers, quantizers
 from ..quantizers import OBSERVERS, Observer, Quantizer, RelativeRange
 from ..registry import Registry
@@ -98,21 +99,29 @@ class Method:
         """Whether calibration looks at images; without them ``quant.calibration`` may be left out."""
         return True
 
-    def calibrate(self, net: nn.Module, batches: Iterable[Tensor]) -> Observations:
+    def calibrate(self, net: nn.Module, batches: Iterable[Tensor], stages: Stages | None = None) -> Observations:
         """Set every range from the FP32 network's activations on ``batches`` and from its weights.
+
+        Args:
+            net: The quantized network; its quantizers are to be set.
+            batches: Inputs of shape (N, C, H, W), gone through one after another, by some methods more than once (so
+                a list, or a loader, but no generator). A method that draws from them at random keeps them in a
+                :class:`~basicsr_quant.network.tensor_store.TensorStore`.
+            stages: What follows the stages and their times.
 
         A layer that the network never calls keeps an unset range, with a warning.
 
         Raises:
             QuantError: if ``batches`` is empty.
         """
-        seen = observe(net, batches, self.make_observer)
+        stages = stages or Stages()
+        seen = observe(net, stages.over('observing activations', batches), self.make_observer)
         if not seen.images and quant_layers(net):
             raise QuantError('quant.calibration: the data set gave no image')
         idle = [name for name in seen.observers if name not in seen.stds]
         if idle:
             logger.warning('Calibration never reached %d layers, which keep an unset range: %s.', len(idle), idle)
-        for name, layer in quant_layers(net).items():
+        for name, layer in stages.over('setting ranges', list(quant_layers(net).items())):
             if name in seen.stds:
                 self.start_input(layer.input_quantizer, seen.observers[name])
             if isinstance(layer.weight_quantizer, Quantizer):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import QuantError
 from ..network.calibration import Observations, evaluating, observe
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
+from ..network.stages import Stages
 from ..network.surgery import quant_layers
 from ..quantizers import DISTRIBUTIONS, OBSERVERS, DistributionRange, DistributionWeight, Quantizer, step_table
 from ..schema import option
@@ -130,7 +131,8 @@ class DAQ(Method):
         return any(len(tables) > 1 for tables in self._wanted)
 
     @torch.no_grad()
-    def calibrate(self, net: nn.Module, batches: Iterable[Tensor]) -> Observations:
+    def calibrate(self, net: nn.Module, batches: Iterable[Tensor], stages: Stages | None = None) -> Observations:
+        stages = stages or Stages()
         pairs = [(a, w) for a in self._wanted[0] for w in self._wanted[1]]
         self._set_steps(net, *pairs[0])
         if not self.needs_images:
@@ -139,10 +141,10 @@ class DAQ(Method):
         if not images:
             raise QuantError('quant.calibration: the data set gave no image')
         images = [image.to(next(net.parameters()).device) for image in images]
-        seen, targets = _observe_outputs(net, images)
+        seen, targets = _observe_outputs(net, stages.over('observing activations', images))
         if len(pairs) > 1:
             errors = {}
-            for pair in pairs:
+            for pair in stages.over('choosing step tables', pairs):
                 self._set_steps(net, *pair)
                 errors[pair] = output_error(net, images, targets)
             best = min(errors, key=lambda pair: errors[pair])
@@ -162,7 +164,7 @@ class DAQ(Method):
                     quantizer.set_steps(step_table(self.options.distribution, reference=table == 'reference'))
 
 
-def _observe_outputs(net: nn.Module, images: list[Tensor]) -> tuple[Observations, list[Tensor]]:
+def _observe_outputs(net: nn.Module, images: Iterable[Tensor]) -> tuple[Observations, list[Tensor]]:
     """What any calibration measures, and the FP32 network's outputs, in one pass."""
     outputs: list[Tensor] = []
     handle = net.register_forward_hook(lambda module, inputs, output: outputs.append(output))

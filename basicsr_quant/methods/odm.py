@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..network.calibration import Observations, observe, regularizer_weight
 from ..network.plan import LayerPlan
+from ..network.stages import Stages
 from ..network.surgery import quant_layers
 from ..quantizers import LearnedRange, MSEObserver, OffsetRange, PercentileWeight, Quantizer, SymmetricRange
 from ..schema import option
@@ -95,12 +96,12 @@ class ODM(Method):
             return PercentileWeight(layer.w_bits, shape, percent=percent, narrow_range=narrow)
         return SymmetricRange(layer.w_bits, shape, narrow_range=narrow)
 
-    def calibrate(self, net: nn.Module, batches: Iterable[Tensor]) -> Observations:
+    def calibrate(self, net: nn.Module, batches: Iterable[Tensor], stages: Stages | None = None) -> Observations:
         if not self.options.offsets:
-            return super().calibrate(net, batches)
-        batches = list(batches)
-        spreads = channel_spreads(net, batches)
-        seen = super().calibrate(net, batches)
+            return super().calibrate(net, batches, stages)
+        stages = stages or Stages()
+        spreads = channel_spreads(net, stages.over('measuring channels', batches))
+        seen = super().calibrate(net, batches, stages)
         count = round(self.options.offsets_ratio * len(spreads))
         layers = quant_layers(net)
         chosen = [sorted(spreads, key=lambda n, i=i: -spreads[n][i])[:count] for i in (0, 1)]  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -13,11 +14,13 @@ import torch.distributed as dist
 from basicsr.utils.dist_util import master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..config import CalibrationConfig
-from ..data.calibration import calibration_images, dataset_options
+from ..data.calibration import CalibrationImages, dataset_options
 from ..methods import method_of
 from ..methods.base import Training
+from ..network.stages import Stages
 from ..network.surgery import quantizers
 from . import checkpoint
 from .evaluation import Evaluation
@@ -104,8 +107,9 @@ class QuantizedModelMixin:
         net = self._bare()
         _same_on_all_ranks(net.state_dict())  # without a checkpoint each rank has drawn its own weights
         before = set(vars(self))
-        images = calibration_images(config, options, self._to_lq, self.opt['manual_seed']) if looks else ()
-        seen = self._method.calibrate(net, images)
+        images = CalibrationImages(config, options, self._to_lq, self.opt['manual_seed']) if looks else ()
+        stages = Stages(functools.partial(tqdm, unit='step', leave=False, disable=None))
+        seen = self._method.calibrate(net, images, stages)
         for name in set(vars(self)) - before:  # what feed_data left behind
             delattr(self, name)
         scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=self.device)  # type: ignore[attr-defined]
@@ -119,6 +123,8 @@ class QuantizedModelMixin:
             'Calibrated %d quantizers (method %s) %s in %.1f s%s.',
             len(quantizers(net)), self._run['plan'].method, source, time.time() - start, scale_found,
         )  # fmt: skip
+        times = ', '.join(f'{name} {seconds:.1f} s' for name, seconds in stages.seconds.items())
+        logger.info('Stages: %s.', times or 'none')
 
     def _to_lq(self, data: Any) -> Tensor:
         self.feed_data(data)
