@@ -73,8 +73,8 @@ class _Scalars:
     a_bits: int = 8
     scope: str = option('body', choices=('body', 'all'))
     skip: str = option('fp', choices=('fp',))
-    w_granularity: str = option('tensor', choices=('tensor', 'channel'))
-    zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045 (as above)
+    w_granularity: Optional[str] = option(None, choices=('tensor', 'channel'))  # noqa: UP045 (as above)
+    zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045
     feature_scale: Union[float, str] = 'auto'  # noqa: UP007
     reference_compat: bool = False
 
@@ -114,10 +114,13 @@ def read_config(block: Any) -> QuantConfig:
         reference_compat=scalars.reference_compat,
         options=block.get(method),
     )
+    w_bits, a_bits = _bits(scalars.w_bits, 'quant.w_bits'), _bits(scalars.a_bits, 'quant.a_bits')
+    if METHODS[method].chooses_bits:
+        settings['bits'] = f'W{w_bits}A{a_bits}'
     return QuantConfig(
         method=method,
-        w_bits=_bits(scalars.w_bits, 'quant.w_bits'),
-        a_bits=_bits(scalars.a_bits, 'quant.a_bits'),
+        w_bits=w_bits,
+        a_bits=a_bits,
         scope=scalars.scope,
         layers=_read_layers(block.get('layers')),
         settings=settings,

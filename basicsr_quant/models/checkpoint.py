@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..compat.files import atomic_save
 from ..errors import QuantError
+from ..methods import METHODS
 from ..network.plan import Plan
 from ..network.surgery import quantizers
 
@@ -123,7 +124,7 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
             f"{file.path} was made with quant.method '{theirs.method}', the option file says '{plan.method}'"
         )
     for key, value in plan.settings.items():
-        if key in ('zero_point', 'w_granularity') and theirs.settings.get(key) != value:
+        if key in ('zero_point', 'w_granularity', 'bits') and theirs.settings.get(key) != value:
             raise QuantError(
                 f"{file.path} was made with quant.{key} '{theirs.settings.get(key)}', the option file says '{value}'"
             )
@@ -131,6 +132,8 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
     for layer in theirs.quantized:
         mine = ours.pop(layer.layer, None)
         bits = None if mine is None else (mine.w_bits, mine.a_bits)
+        if bits is not None and METHODS[plan.method].chooses_bits:
+            continue  # the bits that were asked for are among the settings
         if bits != (layer.w_bits, layer.a_bits):
             here = 'in floating point' if bits is None else f'W{bits[0]}A{bits[1]}'
             raise QuantError(

@@ -21,7 +21,7 @@ from ..data.calibration import CalibrationImages, dataset_options
 from ..methods import method_of
 from ..methods.base import Training
 from ..network.stages import Stages
-from ..network.surgery import quantizers
+from ..network.surgery import plan_in_force, quantizers
 from . import checkpoint
 from .evaluation import Evaluation
 
@@ -59,6 +59,8 @@ class QuantizedModelMixin:
             opt['find_unused_parameters'] = True
         super().__init__(opt)  # type: ignore[call-arg]
         self._calibrate_if_needed()
+        if self._method.chooses_bits:
+            self._run['plan'] = plan_in_force(self._bare(), self._run['plan'])
         if opt['is_train']:
             self._begin_training()
         else:

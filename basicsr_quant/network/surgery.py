@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,21 @@ def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
 def quantizers(net: nn.Module) -> dict[str, Quantizer]:
     """The quantizers of ``net`` by name, e.g. ``body.0.conv1.input_quantizer``."""
     return {name: m for name, m in net.named_modules() if isinstance(m, Quantizer)}
+
+
+def plan_in_force(net: nn.Module, plan: Plan) -> Plan:
+    """``plan`` with the bits that the quantizers of ``net`` have, where a method chose others."""
+    layers = quant_layers(net)
+
+    def bits(layer: LayerPlan) -> LayerPlan:
+        found: Any = layers.get(layer.layer)
+        if found is None:
+            return layer
+        a_bits = getattr(found.input_quantizer, 'num_bits', layer.a_bits)
+        w_bits = getattr(found.weight_quantizer, 'num_bits', layer.w_bits)
+        return dataclasses.replace(layer, a_bits=a_bits, w_bits=w_bits)
+
+    return dataclasses.replace(plan, layers=tuple(bits(layer) for layer in plan))
 
 
 @contextmanager

@@ -27,7 +27,12 @@ class Observer:
 
     Args:
         per_channel: One range for each index of dimension 0 (weights), instead of one for the tensor.
+
+    Attributes:
+        channel_dim: The dimension that ``per_channel`` means, 0 unless set.
     """
+
+    channel_dim = 0
 
     def __init__(self, per_channel: bool = False) -> None:
         self.per_channel = per_channel
@@ -42,8 +47,10 @@ class Observer:
         """View ``x`` as (channels, values), channels = 1 per tensor; in float32 or wider."""
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         if self.per_channel:
-            self._shape = (x.shape[0],) + (1,) * (x.dim() - 1)
-            return x.reshape(x.shape[0], -1)
+            shape = [1] * x.dim()
+            shape[self.channel_dim] = x.shape[self.channel_dim]
+            self._shape = tuple(shape)
+            return x.movedim(self.channel_dim, 0).reshape(x.shape[self.channel_dim], -1)
         self._shape = ()
         return x.reshape(1, -1)
 
@@ -133,13 +140,14 @@ class PercentileObserver(_MeanObserver):
 class MSEObserver(Observer):
     """The range whose b-bit grid reconstructs the seen values with the least squared error (OMSE).
 
-    Keeps at most 2^17 values of a channel or tensor, the same number of each batch however many there are, drawn with
-    a random state of its own. At the end it searches lower and upper in turn, :func:`search_mse_range`.
+    Keeps at most ``samples`` values of a channel or tensor, the same number of each batch however many there are, drawn
+    with a random state of its own. At the end it searches lower and upper in turn, :func:`search_mse_range`.
 
     Args:
         bits: Bits of the grid.
         symmetric: Search one bound u and return (-u, u).
         narrow_range, zero_point: As in :func:`~basicsr_quant.quantizers.fake_quantize`.
+        samples: How many values are kept, 2^17 by default.
     """
 
     def __init__(
@@ -149,11 +157,12 @@ class MSEObserver(Observer):
         symmetric: bool = False,
         narrow_range: bool = False,
         zero_point: str = 'float',
+        samples: int = _SAMPLES,
     ) -> None:
         super().__init__(per_channel)
         self.bits, self.symmetric, self.narrow_range, self.zero_point = bits, symmetric, narrow_range, zero_point
         self._samples: list[Tensor] = []
-        self._each = _SAMPLES
+        self._most = self._each = samples
         self._draw = torch.Generator().manual_seed(0)
 
     def update(self, x: Tensor) -> None:
@@ -164,16 +173,21 @@ class MSEObserver(Observer):
         else:
             index = torch.randperm(size, generator=self._draw)
         self._samples.append(rows[:, index.to(rows.device)])
-        while self._each > 1 and sum(s.shape[1] for s in self._samples) > _SAMPLES:
+        while self._each > 1 and sum(s.shape[1] for s in self._samples) > self._most:
             self._each //= 2  # the order is random, so the first half of a sample is a sample
             self._samples = [s[:, : self._each].clone() for s in self._samples]
 
     def range(self) -> tuple[Tensor, Tensor]:
+        return self.search(self.bits)[:2]
+
+    def search(self, bits: int, every: int = 1) -> tuple[Tensor, Tensor, float]:
+        """The range for another number of bits, and its mean squared error; on every ``every``-th value kept."""
         assert self._samples, 'range() before update()'
-        values = torch.cat(self._samples, dim=1)
-        return self._shaped(
-            *search_mse_range(values, self.bits, self.symmetric, self.narrow_range, self.zero_point)
-        )
+        values = torch.cat(self._samples, dim=1)[:, ::every]
+        settings = {'narrow_range': self.narrow_range, 'zero_point': self.zero_point}
+        lower, upper = search_mse_range(values, bits, self.symmetric, **settings)  # type: ignore[arg-type]
+        rounded = fake_quantize(values, lower[:, None], upper[:, None], bits, **settings)  # type: ignore[arg-type]
+        return *self._shaped(lower, upper), float((rounded - values).square().mean())
 
 
 def percentile(rows: Tensor, percent: float) -> Tensor:
