@@ -42,7 +42,7 @@ class DistillationBlock(nn.Module):
         features = x
         for conv in self.upper:
             features = self.act(conv(features))
-        features, kept = torch.split(features, (features.shape[1] - self.kept, self.kept), dim=1)
+        features, kept = torch.split(features, [features.shape[1] - self.kept, self.kept], dim=1)
         for conv in self.lower:
             features = self.act(conv(features))
         return self.compression(features + torch.cat((x, kept), dim=1))

@@ -53,7 +53,7 @@ class IMDB(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kept, rest = [], x
         for conv in (self.c1, self.c2, self.c3):
-            part, rest = torch.split(self.act(conv(rest)), (self.kept, self.rest), dim=1)
+            part, rest = torch.split(self.act(conv(rest)), [self.kept, self.rest], dim=1)
             kept.append(part)
         kept.append(self.c4(rest))
         return x + self.c5(self.cca(torch.cat(kept, dim=1)))

@@ -62,7 +62,7 @@ def read_network_file(path: str) -> NetworkFile:
     """
     try:
         if path.endswith('.safetensors'):
-            content = _read_safetensors(path)
+            content: Any = _read_safetensors(path)
         else:
             content = torch.load(path, map_location='cpu', weights_only=True)
     except QuantError:
