@@ -6,6 +6,7 @@ from .imdn_arch import IMDN
 from .quantized_arch import QuantizedNetwork
 from .rdn_arch import RDN
 from .rfdn_arch import RFDN
+from .spandrel_arch import Spandrel
 from .srresnet_bn_arch import SRResNetBN
 
-__all__ = ['CARN', 'CARNM', 'IDN', 'IMDN', 'RDN', 'RFDN', 'QuantizedNetwork', 'SRResNetBN']
+__all__ = ['CARN', 'CARNM', 'IDN', 'IMDN', 'RDN', 'RFDN', 'QuantizedNetwork', 'SRResNetBN', 'Spandrel']

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..archs.spandrel_arch import Spandrel, own_names
 from ..errors import QuantError
 from .convention_tables import CONVENTIONS, Convention
 
@@ -37,6 +38,8 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
     own = set(net.state_dict())
     if not set(state) - own:
         return dict(state), None
+    if isinstance(net, Spandrel):
+        return own_names(state, path), "spandrel's architectures"
     best: tuple[int, Convention, dict[str, str | None], list[str]] | None = None
     for convention in CONVENTIONS.get(type(net).__name__, ()):
         names, unknown = _rename(convention, state)
