@@ -1,4 +1,4 @@
-"""Any architecture of the library spandrel as ``network_g``: HAT, DAT, OmniSR, SPAN, Compact, ESRGAN files and others."""
+"""Any architecture of the library spandrel as ``network_g``: files of HAT, DAT, OmniSR, SPAN, Compact, ESRGAN ..."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Spandrel(nn.Module):
 
     Args:
         path: A ``.pth`` or ``.safetensors`` file in any of the namings that spandrel knows; read with
-            ``weights_only=True``; ``params_ema`` where the file has it. It gives the architecture, its options, its weights.
+            ``weights_only=True``; ``params_ema`` where the file has it. It gives the architecture, its options and
+            its weights.
 
     Attributes:
         net: The network itself.
