@@ -57,9 +57,11 @@ class QuantConfig:
         rectified = frozenset(layer.name for layer in traced.layers if layer.rectified)
         plan = make_plan(net, request, rectified, frozenset(traced.unused))
         if self.method != 'none' and not plan.quantized:
+            refused = [layer for layer in plan if not layer.chosen]
+            because = f" (of '{refused[0].layer}': {refused[0].why})" if refused else ''
             raise QuantError(
                 f'quant: nothing is left to quantize: scope {self.scope!r}, w_bits {self.w_bits}, a_bits {self.a_bits} '
-                "and quant.layers leave every layer in floating point; use 'method: none' if that is meant"
+                f"and quant.layers leave every layer in floating point{because}; use 'method: none' if that is meant"
             )
         method_of(plan).check(plan)
         return plan
