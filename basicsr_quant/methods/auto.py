@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import QuantError
 from ..network.bit_allocation import allocate_bits
 from ..network.calibration import Observations, evaluating, observe
-from ..network.input_moments import input_moments, moment_groups
+from ..network.input_moments import columns_wanted, input_moments, moment_groups
 from ..network.plan import LayerPlan
 from ..network.stages import Stages
 from ..network.surgery import floating_point, quant_layers
@@ -137,6 +137,8 @@ class _Search:
         self.left_out: dict[str, str] = {}
         self.judged: list[tuple[Tensor, Tensor]] = []
         self.forward_seconds = 0.0
+        self.round_seconds = 0.0
+        self.rounded: list[str] = []
         self.layers = quant_layers(net)
         self.names: list[str] = []
         self.original = {
@@ -265,18 +267,17 @@ class _Search:
 
     def round_weights(self, index: int) -> bool:
         """Compensate and round every weight once; whether it is worth another round."""
-        names = [
-            name
-            for name in self.names
-            if isinstance(self.layers[name].weight_quantizer, Quantizer)
-            and isinstance(self.layers[name], (nn.Conv2d, nn.Linear))
-        ]
-        groups = moment_groups(self.net, names)
-        one = 4 * self.forward_seconds * len(groups)  # both inputs are quantized and their products summed
-        count = min(_MOMENT_IMAGES, int(self.left * 0.7 / (one + 1e-9)))
         title = f'rounding {index}'
-        if count < 4:
-            self.left_out[title] = f'{4 * one:.0f} s'
+        if self.left < self.round_seconds:
+            self.left_out[title] = f'{self.round_seconds:.0f} s'
+            return False
+        start = time.perf_counter()
+        names = self._affordable() if index == 1 else self.rounded
+        groups = moment_groups(self.net, names)
+        one = 4 * self.forward_seconds * len(groups)  # both inputs are quantized, and columns are gathered
+        count = min(_MOMENT_IMAGES, int(self.left * 0.4 / (one + 1e-9)))
+        if count < 4 or not names:
+            self.left_out[title] = f'{4 * one:.0f} s' if names else 'no time for any layer'
             return False
         images = _Others(self.images, len(self.judged), count)
         before = {name: copy.deepcopy(self.layers[name].state_dict()) for name in names}
@@ -286,11 +287,38 @@ class _Search:
                 self._round(name, moments.pop(name))
         best = min(self.errors.values())
         self.errors[title] = self._error()
+        self.round_seconds, self.rounded = time.perf_counter() - start, names
         if self.errors[title] < best:
             return self.errors[title] < best * _LEAST_GAIN
         for name, state in before.items():
             self.layers[name].load_state_dict(state)
         return False
+
+    def _affordable(self) -> list[str]:
+        """The layers whose rounding fits into half of what is left, those with the shortest columns first."""
+        side = torch.ones(512, 512)
+        start = time.perf_counter()
+        for _ in range(4):
+            side @ side
+        second = 4 * 2 * 512**3 / (time.perf_counter() - start + 1e-9)  # operations
+        costs = {}
+        for name in self.names:
+            layer: Any = self.layers[name]
+            if isinstance(layer.weight_quantizer, Quantizer) and isinstance(layer, (nn.Conv2d, nn.Linear)):
+                k = layer.weight[0].numel()
+                # Two products of (K, P) columns in float32; solving and inverting (K, K) in float64, at half its speed.
+                costs[name] = getattr(layer, 'groups', 1) * (4 * k**2 * columns_wanted(k) + 2 * 6 * k**3) / second
+        left = self.left / 2
+        chosen = set()
+        for name in sorted(costs, key=lambda name: costs[name]):
+            if costs[name] > left:
+                break
+            left -= costs[name]
+            chosen.add(name)
+        missing = [name for name in costs if name not in chosen]
+        if missing:
+            self.left_out['rounding of ' + ', '.join(missing)] = f'{sum(costs[n] for n in missing):.0f} s'
+        return [name for name in self.names if name in chosen]
 
     def _round(self, name: str, moments: InputMoments) -> None:
         layer: Any = self.layers[name]

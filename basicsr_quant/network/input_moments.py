@@ -40,8 +40,7 @@ def input_moments(
     for name in names:
 
         def hook(layer: Any, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            rows = layer.weight[0].numel()
-            wanted = ceil(max(_LEAST_COLUMNS, _COLUMNS_FOR_EACH_ROW * rows) / count)
+            wanted = ceil(columns_wanted(layer.weight[0].numel()) / count)
             x = inputs[0].float()
             pair = columns(layer, (x, layer.input_quantizer(x)), wanted, draw)
             if name in moments:
@@ -59,6 +58,11 @@ def input_moments(
         for handle in handles:
             handle.remove()
     return moments
+
+
+def columns_wanted(length: int) -> int:
+    """How many columns of a length are drawn in all."""
+    return max(_LEAST_COLUMNS, _COLUMNS_FOR_EACH_ROW * length)
 
 
 def moment_groups(net: nn.Module, names: Sequence[str]) -> list[list[str]]:
