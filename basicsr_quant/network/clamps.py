@@ -20,18 +20,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import QuantError
+from .nonnegative import names
 from .trace import on_small_image
 
-CLAMPS = frozenset('clamp clip clamp_min clamp_max hardtanh relu relu6 minimum maximum min max fmin fmax'.split())
+CLAMPS = names('clamp clip clamp_min clamp_max hardtanh relu relu6 minimum maximum min max fmin fmax')
 """Functions that may clamp; ``min`` and ``max`` do so with two operands."""
 
-_MOVES = frozenset("""
-    alias channel_shuffle clone contiguous cpu cuda detach double expand flatten flip float getitem half moveaxis movedim
-    narrow permute pixel_shuffle pixel_unshuffle requires_grad reshape rot90 squeeze swapaxes swapdims to transpose type
-    type_as unflatten unsqueeze view view_as reshape_as
-""".split())
-_AFFINE = frozenset('add sub rsub mul div neg'.split())
-_FILLED = frozenset('zeros_like ones_like full_like new_zeros new_ones new_full new_tensor'.split())
+_MOVES = names("""
+    alias channel_shuffle clone contiguous cpu cuda detach double expand flatten flip float getitem half moveaxis
+    movedim narrow permute pixel_shuffle pixel_unshuffle requires_grad reshape reshape_as rot90 squeeze swapaxes
+    swapdims to transpose type type_as unflatten unsqueeze view view_as
+""")
+_AFFINE = names('add sub rsub mul div neg')
+_FILLED = names('zeros_like ones_like full_like new_zeros new_ones new_full new_tensor')
 """Their values do not depend on the tensor they get."""
 _BOUNDS: dict[str, Callable[..., tuple[Any, Any]]] = {
     'clamp': lambda input, min=None, max=None: (min, max),
@@ -266,10 +267,10 @@ class _Tape(TorchFunctionMode):
                 low, high = (constant, None) if 'max' in step.name else (None, constant)
         except TypeError:  # a reduction, or a form of call that is not known here
             return
-        ends = [(None, None) if bound is None else self._constant(bound) for bound in (low, high)]
-        step.clamps = None not in ends and step.source is not None
-        if step.clamps:
-            step.low, step.high = ends[0][1], ends[1][0]  # of bounds by channel the narrowest
+        least, most = (None if bound is None else self._constant(bound) for bound in (low, high))
+        if (low is None) == (least is None) and (high is None) == (most is None) and step.source is not None:
+            step.clamps = True
+            step.low, step.high = least and least[1], most and most[0]  # of bounds by channel the narrowest
 
     def _read_affine(self, step: _Step, args: Any, kwargs: Any) -> None:
         if step.name == 'neg':

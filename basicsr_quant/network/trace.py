@@ -183,15 +183,17 @@ def on_small_image(net: nn.Module, run: Callable[[nn.Module, Tensor], Result]) -
     for shape in _default_shapes(net):
         try:
             with random_state.preserved(), torch.random.fork_rng(devices=_cuda_devices(net)):
-                return _run_in_place(net, shape, run)
+                return _in_place(net, shape, run)
         except Exception as error:
             reasons[shape] = error
     raise _unlisted(net, reasons)
 
 
-def _run_in_place(
-    net: nn.Module, shape: tuple[int, ...], run: Callable[[nn.Module, Tensor], Result] = record
-) -> Result:
+def _run_in_place(net: nn.Module, shape: tuple[int, ...]) -> Recording:
+    return _in_place(net, shape, record)
+
+
+def _in_place(net: nn.Module, shape: tuple[int, ...], run: Callable[[nn.Module, Tensor], Result]) -> Result:
     device = next((parameter.device for parameter in net.parameters()), torch.device('cpu'))
     values = torch.rand(shape, generator=torch.Generator().manual_seed(0))  # like an image: some layers divide by std
     with _restored(net):
