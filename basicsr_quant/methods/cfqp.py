@@ -68,7 +68,7 @@ class CFQPOptions(MinMaxOptions):
     tolerance: float = option(0.5, low=0.0)
     low: float = option(0.0)
     high: float = option(1.0)
-    steps: int = option(3, low=0)
+    steps: int = option(4, low=0)
     max_gain: float = option(2.0, low=1.0)
     gamma: float = option(1.0, low=1.0)
     flip: bool = option(False)

@@ -95,7 +95,7 @@ def candidates(
     tolerance: float,
     *,
     starts: Sequence[Augmentation] = (Augmentation(),),
-    steps: int = 3,
+    steps: int = 4,
     max_gain: float = 2.0,
 ) -> list[Representative]:
     """What one image offers: itself, and itself scaled until the output's extremes meet the image range.

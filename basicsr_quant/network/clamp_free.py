@@ -97,30 +97,43 @@ class _OwnCode(fx.Tracer):
 
 def _without(module: nn.Module, clamps: Sequence[FinalClamp]) -> Callable[..., Tensor]:
     """The forward of ``module`` without its calls ``clamps``, a function of the module and its arguments."""
-    codes = [_record(module, clamps, training) for training in (False, True)]
-    if codes[0].code != codes[1].code:
+    (code, constants), (other, _) = (_record(module, clamps, training) for training in (False, True))
+    if code.code != other.code:
         raise QuantError(
             f'{_refusal(clamps[0])}: the forward differs between training and testing; make the clamp a module of '
             'its own, such as nn.Hardtanh(0, 1)'
         )
-    return type(codes[0]).forward  # type: ignore[return-value]
+    vars(module).update(constants)
+    return type(code).forward  # type: ignore[return-value]
 
 
-def _record(module: nn.Module, clamps: Sequence[FinalClamp], training: bool) -> fx.GraphModule:
+def _record(
+    module: nn.Module, clamps: Sequence[FinalClamp], training: bool
+) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """The forward of ``module`` without ``clamps``, and the tensors that it makes of numbers, by the name it uses."""
     before = dict(vars(module))
+    module.training = training
     try:
-        module.training = training
         graph = _OwnCode().trace(module)
+        _cut(graph, clamps)
+        code = fx.GraphModule(module, graph)
+    except QuantError:
+        raise
     except Exception as error:  # torch.fx raises whatever the forward makes of its stand-ins for tensors
         reason = ' '.join(str(error).split())[:120]
         raise QuantError(
             f'{_refusal(clamps[0])}: torch.fx cannot record that forward ({type(error).__name__}: {reason}); make '
             'the clamp a module of its own, such as nn.Hardtanh(0, 1)'
         ) from error
-    finally:
+    finally:  # a forward may set attributes, and here it would set them to stand-ins
         constants = {k: v for k, v in vars(module).items() if k.startswith('_tensor_constant')}
         vars(module).clear()
-        vars(module).update({**before, **constants})
+        vars(module).update(before)
+    return code, constants
+
+
+def _cut(graph: fx.Graph, clamps: Sequence[FinalClamp]) -> None:
+    """Leave the calls of ``clamps`` out of ``graph``."""
     nodes = [node for node in graph.nodes if node.op.startswith('call_') and _name(node) in CLAMPS]
     for clamp in clamps:
         if len(nodes) != clamp.of or _name(nodes[clamp.index]) != clamp.call:
@@ -129,7 +142,6 @@ def _record(module: nn.Module, clamps: Sequence[FinalClamp], training: bool) -> 
         operands = [*node.args, *(v for k, v in node.kwargs.items() if k in ('input', 'self', 'other'))]
         node.replace_all_uses_with(operands[clamp.operand])
         graph.erase_node(node)
-    return fx.GraphModule(module, graph)
 
 
 def _name(node: fx.Node) -> str:
