@@ -243,7 +243,7 @@ def test_the_clip_goes_and_codes_are_pixels(crops, caplog):
     assert figures['representative, codes are pixels'] > figures['images as given, codes are pixels'] + 10
     assert seen.images == 8 and 0 < seen.choices['outside_as_given'] < 1
     assert seen.choices['output_range'] == [low, high]
-    assert 'codes are pixels' in caplog.text and 'ms per image without clip' in caplog.text
+    assert 'codes are pixels' in caplog.text and 'ms without the clip' in caplog.text
 
 
 def test_floating_point_is_the_network_without_its_clip(crops):
