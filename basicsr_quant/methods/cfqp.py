@@ -51,10 +51,11 @@ class CFQPOptions(MinMaxOptions):
     """Options of CFQP; every default is ours, see :class:`CFQP`.
 
     Args:
-        images: How many representative images set the ranges.
+        images: How many representative images set the ranges, at most. Few give the layers inside too narrow ranges in
+            networks without a residual (XLSR lost 0.2 dB with 4).
         tolerance: How far their outputs may leave the image range, in steps of 8 bits.
         low, high: The image range, of inputs and outputs: 0 and 1 in BasicSR.
-        steps: Most intensity fits of an image; 0 takes images as they are.
+        steps: Most intensity fits of an image; they end at a tenth of the tolerance. 0 takes images as they are.
         max_gain: Intensities are scaled by no more than this.
         gamma: Also tries x^gamma and x^(1/gamma); 1 does not.
         flip: Also tries each image mirrored.
@@ -63,11 +64,11 @@ class CFQPOptions(MinMaxOptions):
         compare: Calibrate on the images as they are too, and log a table of both.
     """
 
-    images: int = option(16, low=1)
+    images: int = option(100, low=1)
     tolerance: float = option(0.5, low=0.0)
     low: float = option(0.0)
     high: float = option(1.0)
-    steps: int = option(4, low=0)
+    steps: int = option(8, low=0)
     max_gain: float = option(2.0, low=1.0)
     gamma: float = option(1.0, low=1.0)
     flip: bool = option(False)
@@ -89,8 +90,8 @@ class CFQP(ObservedRanges):
     network alone; INT8. The paper's body was not available to us. Our reading, all of it options: the augmentation is
     the affine intensity change whose closed form maps the output's extremes onto the image range, repeated on measured
     outputs (:meth:`Augmentation.fitted`), with gamma and flips on request; an image qualifies if its output leaves the
-    range by at most half an 8-bit step; the few images are those nearest to both ends, then those of widest output
-    (:func:`choose`). Nothing is read but FP32 outputs: no ground truth, no quantized network.
+    range by at most half an 8-bit step; chosen are the one nearest to both ends, then those of widest output
+    (:func:`choose`), as many as asked for. Nothing is read but FP32 outputs: no ground truth, no quantized network.
 
     The network gains ``output_quantizer``, 8 bits, at its output: the tensor whose range all this is about. Residual
     sums stay in floating point as in every method here, so ABPN's sum of features and anchor is rounded once, at the

@@ -95,7 +95,7 @@ def candidates(
     tolerance: float,
     *,
     starts: Sequence[Augmentation] = (Augmentation(),),
-    steps: int = 4,
+    steps: int = 8,
     max_gain: float = 2.0,
 ) -> list[Representative]:
     """What one image offers: itself, and itself scaled until the output's extremes meet the image range.
@@ -108,7 +108,7 @@ def candidates(
         image: Of shape (N, C, H, W).
         network: The FP32 network without clip.
         image_range: Of the image and of the output.
-        tolerance: Distance from the ends at which a fit is good enough.
+        tolerance: How far an output may leave the image range; a tenth of it from both ends is good enough a fit.
         starts: Augmentations that are fitted, beside the image as it is.
         steps: Most fits of each; 0 takes every start as it is.
         max_gain: No intensity is scaled by more than this, nor by less than its inverse.
@@ -121,7 +121,7 @@ def candidates(
         best = current
         found.append(current)
         for _ in range(steps):
-            if current.output.misses(image_range) <= tolerance:
+            if current.output.misses(image_range) <= tolerance / 10:
                 break
             augmentation = current.augmentation.fitted(current.output, image_range)
             if not 1.0 / max_gain <= augmentation.gain <= max_gain:
