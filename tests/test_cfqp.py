@@ -30,6 +30,7 @@ from basicsr_quant.network.planning import PlanRequest, make_plan
 from basicsr_quant.network.surgery import floating_point, quantizers
 
 UNIT = (0.0, 1.0)
+needs_host = pytest.mark.skipif(not compat.has_host(), reason='BasicSR is not installed')
 
 
 def statistics(low, high, spread=0.2, outside=0.0):
@@ -230,7 +231,7 @@ def test_the_clip_goes_and_codes_are_pixels(crops, caplog):
     reference = network()
     with caplog.at_level(logging.INFO, 'basicsr'):
         net, method, seen = calibrated(crops)
-    low, high = method._grid(net)
+    low, high = method.output_grid(net)
     assert abs(low) < 1 / 255 and abs(high - 1) < 1 / 255 and type(net) is Plain
     with torch.no_grad():
         free = [net(image) for image in crops]
@@ -285,7 +286,7 @@ def test_deterministic_and_reloads(crops, options):
         assert torch.equal(fresh(crops[0]), first(crops[0]))
         assert torch.equal(copy.deepcopy(first)(crops[0]), first(crops[0]))
     if options == {'output_range': 'target'}:
-        assert method._grid(first) == pytest.approx(UNIT)
+        assert method.output_grid(first) == pytest.approx(UNIT)
 
 
 class Again:
@@ -321,6 +322,10 @@ def test_refusals(crops):
     quantize(net, plan)
     with pytest.raises(QuantError, match='gave no image'):
         method_of(plan).calibrate(net, [])
+    with torch.no_grad():
+        net.conv_last.bias.fill_(float('nan'))
+    with pytest.raises(QuantError, match='output of Plain on calibration image 1 holds values that are not finite'):
+        method_of(plan).calibrate(net, crops)
 
 
 def test_what_the_checkpoint_changes_is_noticed(crops):
@@ -342,6 +347,35 @@ def test_what_the_checkpoint_changes_is_noticed(crops):
         method_of(plan).calibrate(net, crops)
 
 
+@needs_host
+def test_checkpoint_of_another_output_is_refused():
+    compat.apply()
+    from basicsr_quant.models.checkpoint import NetworkFile, compare_plans
+
+    class Module(Plain):
+        def __init__(self):
+            super().__init__(clip=False)
+            self.end = nn.Hardtanh(0.0, 1.0)
+
+        def forward(self, x):
+            return self.end(super().forward(x))
+
+    file = NetworkFile('file.pth', {}, planned(network()))
+    compare_plans(file, planned(network()))
+    with pytest.raises(QuantError, match=r"clamp\(\) in the network, Plain \[0, 1\], .* 'end', Hardtanh \[0, 1\]"):
+        compare_plans(file, planned(Module()))
+    with pytest.raises(QuantError, match=r'image range \[0, 1\] .* image range \[0, 0.5\]'):
+        compare_plans(file, planned(network(), high=0.5))
+
+
+def test_a_network_without_its_clip_can_be_exported(crops):
+    net, _, _ = calibrated(crops)
+    with torch.no_grad(), floating_point(net):
+        wanted = net(crops[0])
+        program = torch.export.export(net, (crops[0],))
+        assert torch.equal(program.module()(crops[0]), wanted)
+
+
 def test_defaults_are_integer_min_max():
     method = METHODS['cfqp']
     assert method.default_zero_point == 'integer' and method.Options().init == 'minmax'
@@ -350,7 +384,6 @@ def test_defaults_are_integer_min_max():
 # --------------------------------------------------------------------------------------------------- the host
 
 
-needs_host = pytest.mark.skipif(not compat.has_host(), reason='BasicSR is not installed')
 
 
 @needs_host

@@ -107,11 +107,11 @@ def main() -> None:
         assert isinstance(method, CFQP)
 
         def both(name: str) -> None:
-            low, high = span = method._grid(net)
+            low, high = span = method.output_grid(net)
             row(f'{name}: rescaled, clipped outside', span, net)
             row(f'{name}: codes are pixels', span, lambda lr: (net(lr) - low) / (high - low))
 
-        method._set_ranges(net, images, Stages())
+        method.set_ranges(net, images, Stages())
         both('INT8, images as given')
         stages = Stages()
         seen = method.calibrate(net, images, stages)

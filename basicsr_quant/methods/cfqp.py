@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -129,23 +130,29 @@ class CFQP(ObservedRanges):
         self._verify(net, batches)
         table = []
         if self.options.compare:
-            ordinary = self._set_ranges(net, batches, stages)
+            ordinary = self.set_ranges(net, batches, stages)
             images = stages.over('comparing with FP32', islice(batches, _COMPARED))
             table += self._errors(net, images, 'images as given')
         found: list[Representative] = []
         number = 0
         with self._fp32(net) as network:
             for number, image in enumerate(stages.over('fitting outputs', batches), start=1):
-                found += candidates(
+                new = candidates(
                     number - 1, image, network, self.image_range, self._tolerance,
                     starts=self._starts, steps=self.options.steps, max_gain=self.options.max_gain,
                 )  # fmt: skip
+                if not all(math.isfinite(c.output.low) and math.isfinite(c.output.high) for c in new):
+                    raise QuantError(
+                        f'the output of {type(net).__name__} on calibration image {number} holds values that are not '
+                        'finite; look at path.pretrain_network_g'
+                    )
+                found += new
         if not found:
             raise QuantError('quant.calibration: the data set gave no image')
         chosen = choose(found, self.options.images, self.image_range, self._tolerance)
         self._warn(chosen)
         representative = RepresentativeImages(batches, chosen, self.image_range)
-        seen = self._set_ranges(net, representative, stages)
+        seen = self.set_ranges(net, representative, stages)
         if self.options.compare:
             images = stages.over('comparing with FP32', islice(batches, _COMPARED))
             table += self._errors(net, images, 'representative')
@@ -155,7 +162,7 @@ class CFQP(ObservedRanges):
         seen.images = number
         seen.choices = {
             'representative': [c.to_plain() for c in chosen],
-            'output_range': list(self._grid(net)),
+            'output_range': list(self.output_grid(net)),
             'output_psnr': {f'{images}, {reading}': value for images, reading, _, value in table},
             'outside_as_given': sum(c.output.outside for c in own) / len(own),
         }
@@ -176,7 +183,7 @@ class CFQP(ObservedRanges):
         flips = (False, True) if self.options.flip else (False,)
         return [Augmentation(gamma=gamma, flip=flip) for gamma in gammas for flip in flips]
 
-    def _set_ranges(self, net: nn.Module, images: Iterable[Tensor], stages: Stages) -> Observations:
+    def set_ranges(self, net: nn.Module, images: Iterable[Tensor], stages: Stages) -> Observations:
         """Min-max calibration as of any network, and of the output."""
         observer = OBSERVERS['minmax']()
         quantizer = _output_quantizer(net)
@@ -192,10 +199,11 @@ class CFQP(ObservedRanges):
         return seen
 
     @contextmanager
-    def _fp32(self, net: nn.Module) -> Iterator[nn.Module]:
+    def _fp32(self, net: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What the FP32 network without clip makes of an image."""
         with evaluating(net), floating_point(net):
             device = next(net.parameters()).device
-            yield lambda image: net(image.to(device))  # type: ignore[misc]
+            yield lambda image: net(image.to(device))
 
     def _verify(self, net: nn.Module, batches: Iterable[Tensor]) -> None:
         """Refuse if taking the clamps out changed what is left after clamping to the image range."""
@@ -222,7 +230,7 @@ class CFQP(ObservedRanges):
 
     # -- the table -------------------------------------------------------------------------------------------------
 
-    def _grid(self, net: nn.Module) -> tuple[float, float]:
+    def output_grid(self, net: nn.Module) -> tuple[float, float]:
         """The values of the output's lowest and highest code."""
         quantizer = _output_quantizer(net)
         lower, upper = quantizer.bounds(torch.empty(0))
@@ -232,7 +240,7 @@ class CFQP(ObservedRanges):
 
     def _errors(self, net: nn.Module, images: Iterable[Tensor], name: str) -> list[tuple[str, str, str, float]]:
         """Rows (images, reading of the output, output range, dB against FP32 with clip)."""
-        (low, high), (bottom, top) = self.image_range, self._grid(net)
+        (low, high), (bottom, top) = self.image_range, self.output_grid(net)
         device = next(net.parameters()).device
         totals, count = [0.0, 0.0], 0
         with evaluating(net):
