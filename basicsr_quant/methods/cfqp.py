@@ -285,10 +285,13 @@ def _output_quantizer(net: nn.Module) -> Quantizer:
 
 
 def _seconds(net: nn.Module, image: Tensor) -> float:
-    if image.is_cuda:
-        torch.cuda.synchronize(image.device)
+    """Time of one pass; of the processor on a CPU, where other programs' load would drown the difference."""
+    if not image.is_cuda:
+        start = time.process_time()
+        net(image)
+        return time.process_time() - start
+    torch.cuda.synchronize(image.device)
     start = time.perf_counter()
     net(image)
-    if image.is_cuda:
-        torch.cuda.synchronize(image.device)
+    torch.cuda.synchronize(image.device)
     return time.perf_counter() - start
