@@ -45,7 +45,7 @@ class OutputStatistics:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """``gain * ((x - a) / (b - a))^gamma (b - a) + a) + offset`` for x in [a, b], cut to [a, b], mirrored if ``flip``.
+    """``gain * (a + (b - a) ((x - a) / (b - a))^gamma) + offset`` for x in [a, b], cut to [a, b], mirrored if ``flip``.
 
     Cut, because a network is fed images: what leaves their range is no input that it will ever see.
     """
