@@ -63,8 +63,9 @@ class QuantConfig:
                 f'quant: nothing is left to quantize: scope {self.scope!r}, w_bits {self.w_bits}, a_bits {self.a_bits} '
                 f"and quant.layers leave every layer in floating point{because}; use 'method: none' if that is meant"
             )
-        method_of(plan).check(plan)
-        return plan
+        method = method_of(plan)
+        method.check(plan)
+        return method.complete_plan(plan, net)
 
 
 @dataclass(frozen=True)

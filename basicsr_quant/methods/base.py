@@ -80,6 +80,17 @@ class Method:
             QuantError: naming the layer or option, and what to write.
         """
 
+    def complete_plan(self, plan: Plan, net: nn.Module) -> Plan:
+        """Add to a plan, as plain data in its settings, what the method reads from the FP32 network ``net``.
+
+        Raises:
+            QuantError: if the method cannot be used on this network.
+        """
+        return plan
+
+    def complete(self, net: nn.Module, plan: Plan) -> None:
+        """Do to the network, in place, what ``plan`` says beside its layers; they hold their quantizers by now."""
+
     # -- quantizers ------------------------------------------------------------------------------------------------
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
@@ -239,4 +250,6 @@ def quantize(net: nn.Module, plan: Plan) -> nn.Module:
     """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``."""
     method = method_of(plan)
     method.check(plan)
-    return apply_plan(net, plan, method.make_input, method.make_weight)
+    net = apply_plan(net, plan, method.make_input, method.make_weight)
+    method.complete(net, plan)
+    return net

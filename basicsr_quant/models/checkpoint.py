@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..compat.files import atomic_save
 from ..errors import QuantError
 from ..methods import METHODS
+from ..network.clamps import FinalClamp
 from ..network.plan import Plan
 from ..network.surgery import quantizers
 from . import conventions
@@ -158,6 +159,10 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
             raise QuantError(
                 f"{file.path} was made with quant.{key} '{theirs.settings.get(key)}', the option file says '{value}'"
             )
+    if theirs.settings.get('output') != plan.settings.get('output'):
+        raise QuantError(
+            f'{file.path} was made with {_output(theirs)}, the option file and this network give {_output(plan)}'
+        )
     ours = {layer.layer: layer for layer in plan.quantized}
     for layer in theirs.quantized:
         mine = ours.pop(layer.layer, None)
@@ -172,6 +177,13 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
             )
     if ours:
         raise QuantError(f"{file.path} has layer '{next(iter(ours))}' in floating point, the option file quantizes it")
+
+
+def _output(plan: Plan) -> str:
+    """What a clip-free plan takes out of its network, in words."""
+    output = plan.settings.get('output') or {}
+    clamps = '; '.join(str(FinalClamp(**clamp)) for clamp in output.get('clamps', []))
+    return f'image range [{output["low"]:g}, {output["high"]:g}] and clamps {clamps}' if output else 'no clamp'
 
 
 def save_network_file(path: str, states: Mapping[str, dict[str, Tensor]], plan: Plan, calibration: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from ..errors import QuantError
 from ..quantizers.quantizer import Quantizer
 from .recorder import CallRecord, Recording, first_tensor, record
 from .scope import WEIGHT_LAYERS
+
+Result = TypeVar('Result')
 
 _CLIPS = ((1, 5, 3, 64, 64), (1, 7, 3, 64, 64))
 """Shapes for video networks, tried last."""
@@ -112,13 +115,21 @@ def trace(net: nn.Module, input_shape: tuple[int, ...] | None = None, *, compute
                 return _report(net, shape, recording)
             except Exception as error:  # anything may go wrong in a forward that was made for other inputs
                 reasons[shape] = error
-    tried = _text(shapes[0]) + (f' (nor of {len(shapes) - 1} other shapes)' if shapes[1:] else '')
-    said = _said(reasons[shapes[0]])
-    clip = next((shape for shape in shapes if shape in _CLIPS and _said(reasons[shape]) != said), None)
-    raise QuantError(
+    raise _unlisted(net, reasons)
+
+
+def _unlisted(net: nn.Module, reasons: dict[tuple[int, ...], Exception]) -> QuantError:
+    """The refusal of a network that takes none of the shapes; its cause is what the first one gave."""
+    first, *others = reasons
+    tried = _text(first) + (f' (nor of {len(others)} other shapes)' if others else '')
+    said = _said(reasons[first])
+    clip = next((shape for shape in others if shape in _CLIPS and _said(reasons[shape]) != said), None)
+    refusal = QuantError(
         f'the layers of {type(net).__name__} cannot be listed, because it does not run on an input of shape {tried}: '
         f'{said}' + (f'; as a video of shape {_text(clip)}: {_said(reasons[clip])}' if clip else '')
-    ) from reasons[shapes[0]]
+    )
+    refusal.__cause__ = reasons[first]
+    return refusal
 
 
 def _text(shape: tuple[int, ...]) -> str:
@@ -160,13 +171,35 @@ def _run_on_meta(net: nn.Module, shape: tuple[int, ...]) -> Recording:
     return record(shapes_only, torch.empty(shape, device='meta', dtype=_dtype(net)))
 
 
+def on_small_image(net: nn.Module, run: Callable[[nn.Module, Tensor], Result]) -> Result:
+    """Call ``run(net, image)`` in evaluation mode on the smallest random image that ``net`` takes.
+
+    The network and all random states stay as they were. ``run`` may be called on several sizes; the last one counts.
+
+    Raises:
+        QuantError: if the network takes none of them.
+    """
+    reasons: dict[tuple[int, ...], Exception] = {}
+    for shape in _default_shapes(net):
+        try:
+            with random_state.preserved(), torch.random.fork_rng(devices=_cuda_devices(net)):
+                return _in_place(net, shape, run)
+        except Exception as error:
+            reasons[shape] = error
+    raise _unlisted(net, reasons)
+
+
 def _run_in_place(net: nn.Module, shape: tuple[int, ...]) -> Recording:
+    return _in_place(net, shape, record)
+
+
+def _in_place(net: nn.Module, shape: tuple[int, ...], run: Callable[[nn.Module, Tensor], Result]) -> Result:
     device = next((parameter.device for parameter in net.parameters()), torch.device('cpu'))
     values = torch.rand(shape, generator=torch.Generator().manual_seed(0))  # like an image: some layers divide by std
     with _restored(net):
         for module in net.modules():
             module.training = False
-        return record(net, values.to(device, _dtype(net)))
+        return run(net, values.to(device, _dtype(net)))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from ..cost import SizedTrace, cost_of
+from ..network.clamps import FinalClamp
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
 from ..network.trace import LayerTrace, NetworkTrace
 from .spans import by_pattern, span
@@ -36,7 +37,7 @@ def plan_card(trace: NetworkTrace, plan: Plan, *, show_all: bool = False) -> str
     settings = [f'{key} {value}' for key, value in plan.settings.items() if value and not isinstance(value, dict)]
     heading = f'{", ".join(["method " + plan.method, *settings])}; MACs for an input of {_times(trace.input_shape[1:])}'
     floating = _floating([planned[name] for name in names])
-    return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *floating])
+    return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *_output(plan), *floating])
 
 
 def _alike(
@@ -86,6 +87,15 @@ def _totals(trace: NetworkTrace, plan: Plan) -> list[str]:
     if trace.not_counted:
         lines.append(f'not counted: {", ".join(trace.not_counted)}')
     return lines
+
+
+def _output(plan: Plan) -> list[str]:
+    """What a clip-free plan does at the end of the network."""
+    output = plan.settings.get('output')
+    if not output:
+        return []
+    clamps = [str(FinalClamp(**clamp)) for clamp in output['clamps']]
+    return [f'taken out: {", ".join(clamps)}; the output is quantized instead, 8 bits']
 
 
 def _floating(layers: Sequence[LayerPlan]) -> list[str]:
