@@ -35,9 +35,11 @@ def test_a_method_alone_is_enough(method):
 @pytest.mark.parametrize('method', list(METHODS))
 def test_defaults_written_out_are_the_defaults(method):
     settings = read_config({'method': method}).settings
-    written = {'method': method, 'w_bits': 8, 'a_bits': 8, 'scope': 'body', 'skip': 'fp', 'w_granularity': 'tensor',
-               'zero_point': settings['zero_point'], 'feature_scale': 'auto', 'reference_compat': False,
-               'layers': None, 'calibration': None, method: settings['options']}  # fmt: skip
+    written = {
+        'method': method, 'w_bits': 8, 'a_bits': 8, 'scope': 'body', 'skip': 'fp', 'feature_scale': 'auto',
+        'w_granularity': settings['w_granularity'], 'zero_point': settings['zero_point'], 'reference_compat': False,
+        'layers': None, 'calibration': None, method: settings['options'],
+    }  # fmt: skip
     assert read_config(yaml.safe_load(yaml.safe_dump(written))) == read_config({'method': method})
 
 
