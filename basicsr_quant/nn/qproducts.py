@@ -95,6 +95,6 @@ def _subclass(base: type[nn.Module]) -> type[QuantProducts]:
     return type(f'Quant{base.__name__}', (QuantProducts, base), {})
 
 
-def _blank(base: type[nn.Module]) -> QuantProducts:
+def _blank(base: Any) -> QuantProducts:
     cls = _subclass(base)
     return cls.__new__(cls)
