@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from basicsr_quant import compat
 from basicsr_quant.config import read_config
 from basicsr_quant.cost import cost
 from basicsr_quant.errors import QuantError
@@ -162,3 +166,40 @@ def test_compiled() -> None:
     quantized(net, x)
     torch._dynamo.reset()
     assert (torch.compile(net, backend='aot_eager')(x) - net(x)).abs().max() < 0.02
+
+
+@pytest.mark.slow
+def test_swinir_under_the_command(
+    tmp_path: Path, options: Any, option_file: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not compat.has_host():
+        pytest.skip('BasicSR is not installed')
+    compat.apply()
+    from basicsr.archs import build_network
+
+    from basicsr_quant.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    del options['datasets']['train']
+    options['model_type'] = 'SwinIRModel'
+    options['network_g'] = {
+        'type': 'SwinIR', 'img_size': 16, 'embed_dim': 8, 'depths': [2], 'num_heads': [2], 'window_size': 8,
+        'mlp_ratio': 2, 'upscale': 2, 'upsampler': 'pixelshuffledirect',
+    }  # fmt: skip
+    torch.save({'params': build_network(copy.deepcopy(options['network_g'])).state_dict()}, tmp_path / 'net.pth')
+    options['path'] = {'pretrain_network_g': str(tmp_path / 'net.pth')}
+    shutil.copytree(options['datasets']['val']['dataroot_lq'], tmp_path / 'others')
+    lq = {'type': 'SingleImageDataset', 'dataroot_lq': str(tmp_path / 'others'), 'io_backend': {'type': 'disk'}}
+    options['quant'] = {'method': 'minmax', 'attention': True, 'calibration': {'num_images': 2, 'dataset': lq}}
+    figures = []
+    for command in ('calibrate', 'test'):
+        assert main([command, '-opt', option_file(options)]) == 0
+        figures.append(json.loads((tmp_path / 'results/tiny/metrics.json').read_text())['datasets']['Val']['psnr'])
+    assert figures[0] == figures[1] > 0
+    capsys.readouterr()
+    assert main(['plan', '-opt', option_file(options)]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if 'WindowAttention' in line)
+    assert row.split()[-2:] == ['attention:', 'true']
+    options['quant']['attention'] = False
+    assert main(['test', '-opt', option_file(options)]) == 2
+    assert 'WindowAttention' not in capsys.readouterr().out
