@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from torch import nn
@@ -54,8 +54,9 @@ class QuantConfig:
         Raises:
             QuantError: if a glob matches no layer, nothing is left to quantize, or the method refuses the plan.
         """
-        request = PlanRequest(self.method, self.w_bits, self.a_bits, self.scope, self.layers, self.settings)
-        request = replace(request, attention=self.attention)
+        request = PlanRequest(
+            self.method, self.w_bits, self.a_bits, self.scope, self.layers, self.settings, self.attention
+        )
         rectified = frozenset(layer.name for layer in traced.layers if layer.rectified)
         plan = make_plan(net, request, rectified, frozenset(traced.unused), traced.functional)
         if self.method != 'none' and not plan.quantized:

@@ -143,7 +143,7 @@ def test_conventions_of_the_literature_for_swinir(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['RCAN', 'IMDN', 'RFDN', 'CARNM', 'SRResNetBN', 'RDN', 'IDN'])
+@pytest.mark.parametrize('kind', ['RCAN', 'RFDN', 'CARNM'])
 @torch.no_grad()
 def test_compiled(kind: str) -> None:
     options, shape, _, _ = NETWORKS[kind]
