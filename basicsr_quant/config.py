@@ -44,6 +44,7 @@ class QuantConfig:
     scope: str = 'body'
     layers: Mapping[str, LayerRule] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    attention: bool = False
     feature_scale: float | None = None
     calibration: CalibrationConfig | None = None
 
@@ -53,15 +54,23 @@ class QuantConfig:
         Raises:
             QuantError: if a glob matches no layer, nothing is left to quantize, or the method refuses the plan.
         """
-        request = PlanRequest(self.method, self.w_bits, self.a_bits, self.scope, self.layers, self.settings)
+        request = PlanRequest(
+            self.method, self.w_bits, self.a_bits, self.scope, self.layers, self.settings, self.attention
+        )
         rectified = frozenset(layer.name for layer in traced.layers if layer.rectified)
-        plan = make_plan(net, request, rectified, frozenset(traced.unused))
+        plan = make_plan(net, request, rectified, frozenset(traced.unused), traced.functional)
         if self.method != 'none' and not plan.quantized:
             refused = [layer for layer in plan if not layer.chosen]
             because = f" (of '{refused[0].layer}': {refused[0].why})" if refused else ''
             raise QuantError(
                 f'quant: nothing is left to quantize: scope {self.scope!r}, w_bits {self.w_bits}, a_bits {self.a_bits} '
                 f"and quant.layers leave every layer in floating point{because}; use 'method: none' if that is meant"
+            )
+        products = [layer.layer for layer in plan.quantized if layer.operands]
+        if products and not METHODS[self.method].takes_products:
+            raise QuantError(
+                f"quant.attention: true given, but method {self.method!r} cannot quantize the matrix products of "
+                f"'{products[0]}'; leave quant.attention out"
             )
         method = method_of(plan)
         method.check(plan)
@@ -76,6 +85,7 @@ class _Scalars:
     a_bits: int = 8
     scope: str = option('body', choices=('body', 'all'))
     skip: str = option('fp', choices=('fp',))
+    attention: bool = False
     w_granularity: Optional[str] = option(None, choices=('tensor', 'channel'))  # noqa: UP045 (as above)
     zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045
     feature_scale: Union[float, str] = 'auto'  # noqa: UP007
@@ -127,6 +137,7 @@ def read_config(block: Any) -> QuantConfig:
         scope=scalars.scope,
         layers=_read_layers(block.get('layers')),
         settings=settings,
+        attention=scalars.attention,
         feature_scale=_read_feature_scale(scalars.feature_scale),
         calibration=_read_calibration(block.get('calibration')),
     )

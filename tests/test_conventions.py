@@ -243,7 +243,7 @@ EDSR_STATE = {**EDSR_PYTORCH, r'body\.(\d)\.conv2': r'body.\1.body.2'}
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Tensor], Any, str]] = {
     'what did not map is listed': (
         'EDSR', {}, EDSR_STATE, {'attention.0.weight': torch.ones(1), 'gate.scale': torch.ones(1)}, None,
-        'looks like a EDSR with the names of EDSR-PyTorch, but 2 tensors did not map: attention.0.weight, gate.scale',
+        'looks like EDSR with the names of EDSR-PyTorch, but 2 tensors did not map: attention.0.weight, gate.scale',
     ),
     'a tensor missing': (
         'RFDN', {}, FILES['RFDN'][2], {}, 'B1.c1_d.weight', "missing in the file, 'body.0.c1_d.weight' first"

@@ -55,7 +55,8 @@ class IDN(nn.Module):
 
     Images (N, C, H, W) in 0..1; the output is a 17x17 transposed convolution's plus the bicubically enlarged input.
     The paper trains on the Y channel; the quantization papers (CADyQ) on RGB, which is the default here. The grouped
-    convolutions are the second of each three, as in CADyQ's network.
+    convolutions are the second of each three, as in CADyQ's network; public implementations differ in this, and the
+    paper's number of parameters (553K for one channel) fits either.
 
     Args:
         num_in_ch: Channels of the image; the output has as many.

@@ -56,6 +56,7 @@ class Method:
         zero_points: What ``quant.zero_point`` may be.
         default_w_granularity: ``tensor`` (the papers) or ``channel``.
         chooses_bits: Whether calibration may give layers other bits than the plan says.
+        takes_products: Whether its input quantizers do for operands of matrix products (``quant.attention``).
         has_reference_compat: Whether published code exists whose faults ``reference_compat`` reproduces.
     """
 
@@ -66,6 +67,7 @@ class Method:
     default_w_granularity: ClassVar[str] = 'tensor'
     chooses_bits: ClassVar[bool] = False
     has_reference_compat: ClassVar[bool] = False
+    takes_products: ClassVar[bool] = False
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.zero_point: str = settings['zero_point']

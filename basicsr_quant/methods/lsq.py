@@ -52,6 +52,7 @@ class LSQ(Method):
     """
 
     name = 'lsq'
+    takes_products = True
     Options = LSQOptions
     default_zero_point = 'integer'
     zero_points = ('integer',)

@@ -49,6 +49,7 @@ class ObservedRanges(Method):
     """
 
     default_zero_point = 'integer'
+    takes_products = True
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         return LearnedRange(layer.a_bits, learn=self.options.learn, zero_point=self.zero_point)

@@ -81,6 +81,7 @@ class ODM(Method):
     """
 
     name = 'odm'
+    takes_products = True
     Options: ClassVar[type] = ODMOptions
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:

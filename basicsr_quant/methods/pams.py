@@ -38,6 +38,7 @@ class PAMS(Method):
     """
 
     name = 'pams'
+    takes_products = True
     Options = PAMSOptions
     default_zero_point = 'integer'
     zero_points = ('integer',)

@@ -54,7 +54,7 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
         raise QuantError(f'{path} has the names of {convention.project} for {network}, but {convention.refused}')
     if unknown:
         raise QuantError(
-            f'{path} looks like a {network} with the names of {convention.project}, but {_count(len(unknown))} did '
+            f'{path} looks like {network} with the names of {convention.project}, but {_count(len(unknown))} did '
             f'not map: {_some(unknown)}'
         )
     if convention.mean_shifts:

@@ -24,6 +24,8 @@ class LayerPlan:
         a_bits: Bits of the layer's input activation; 32 stands for floating point.
         why: The reason, in a few words: ``body``, ``first layer``, ``layers: 'conv_*'`` ...
         rectified: True if the input follows a ReLU, as read from the network's structure (never from data).
+        operands: Of a module that multiplies matrices itself (attention): for each operand in the order of its forward
+            whether it cannot be negative. Left operands have ``a_bits``, right ones ``w_bits``. Empty for layers.
     """
 
     layer: str
@@ -32,6 +34,10 @@ class LayerPlan:
     a_bits: int = FLOAT_BITS
     why: str = ''
     rectified: bool = False
+    operands: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'operands', tuple(self.operands))  # a file gives a list
 
     @property
     def is_quantized(self) -> bool:

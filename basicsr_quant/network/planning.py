@@ -14,6 +14,7 @@ from ..errors import QuantError, nearest
 from ..nn import QUANTIZED_TWINS
 from .plan import CANNOT, FLOAT_BITS, LayerPlan, Plan
 from .scope import body_layers, weight_layers
+from .trace import LayerTrace
 
 _END_BITS = 8
 """Bits of the first and last layer under ``scope: all``."""
@@ -37,6 +38,7 @@ class PlanRequest:
         scope: ``body`` or ``all``.
         layers: Glob over layer names -> rule; first match wins over ``scope``.
         settings: Goes into :attr:`Plan.settings` as it is.
+        attention: Quantize the operands of matrix products too, of the modules whose layers are quantized.
     """
 
     method: str
@@ -45,6 +47,7 @@ class PlanRequest:
     scope: str = 'body'
     layers: Mapping[str, LayerRule] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    attention: bool = False
 
 
 def make_plan(
@@ -52,6 +55,7 @@ def make_plan(
     request: PlanRequest,
     rectified: frozenset[str] = frozenset(),
     unused: frozenset[str] = frozenset(),
+    functional: tuple[LayerTrace, ...] = (),
 ) -> Plan:
     """Decide for each convolution and linear layer of ``net`` what happens to it, and why.
 
@@ -62,11 +66,14 @@ def make_plan(
         unused: Names of layers whose forward a pass never calls, from the same; the network may use their weight all
             the same (ECBSR merges it), but replacing such a layer would change nothing.
 
+        functional: Modules whose own forward multiplies matrices, from the same; looked at with ``request.attention``.
+
     Raises:
         QuantError: if a glob of ``layers`` matches no layer, or nothing is left to quantize.
     """
     layers = weight_layers(net)
-    _refuse_idle_globs(request.layers, list(layers))
+    functional = tuple(found for found in functional if found.name) if request.attention else ()
+    _refuse_idle_globs(request.layers, [*layers, *(found.name for found in functional)])
     body = body_layers(net)
     ends = {0: 'first layer', len(layers) - 1: 'last layer'}
     planned = []
@@ -91,7 +98,28 @@ def make_plan(
                 rectified=name in rectified,
             )
         )
+    quantized = [layer.layer for layer in planned if layer.is_quantized]
+    planned += [_plan_products(found, request, quantized, functional) for found in functional]
     return Plan(method=request.method, layers=tuple(planned), settings=dict(request.settings))
+
+
+def _plan_products(
+    found: LayerTrace, request: PlanRequest, quantized: list[str], functional: tuple[LayerTrace, ...]
+) -> LayerPlan:
+    """Decide for a module that multiplies matrices: as its layers, unless a glob names it."""
+    rule = next(((glob, rule) for glob, rule in request.layers.items() if fnmatchcase(found.name, glob)), None)
+    bits, why = (FLOAT_BITS, FLOAT_BITS), 'attention: true, but its layers are in floating point'
+    if request.method != 'none' and rule is not None:
+        bits, why = _decide(found.name, -1, request, set(), {})[:2], f"layers: '{rule[0]}'"
+        bits = (bits[1], bits[1]) if rule[1].w_bits is None else bits
+    elif request.method != 'none' and any(name.startswith(f'{found.name}.') for name in quantized):
+        bits, why = (request.a_bits, request.a_bits), 'attention: true'
+    if bits != (FLOAT_BITS, FLOAT_BITS):
+        if not found.operands:
+            bits, why = (FLOAT_BITS,) * 2, f'{CANNOT}it does more than plain matrix products (fused attention ...)'
+        elif any(other.name.startswith(f'{found.name}.') for other in functional):
+            bits, why = (FLOAT_BITS,) * 2, f'{CANNOT}a module inside it multiplies matrices too'
+    return LayerPlan(found.name, found.type, bits[0], bits[1], why, operands=found.operands)
 
 
 def _decide(

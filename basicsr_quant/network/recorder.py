@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
+from ..nn import operands_of
 from ..quantizers.quantizer import Quantizer
 from .nonnegative import MOVES, NonNegativeTensors, names, operator_name
 from .scope import WEIGHT_LAYERS
@@ -34,13 +36,19 @@ _NO_ARITHMETIC = MOVES | names("""
 
 @dataclass
 class CallRecord:
-    """What a module did over all its calls in one pass."""
+    """What a module did over all its calls in one pass.
+
+    ``operands``: for each operand of its own matrix products, in order, whether it could not be negative;
+    ``other_products``: how many operators with MACs it ran beside those.
+    """
 
     calls: int = 0
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
     macs: int = 0
     rectified: bool = True
+    operands: list[bool] = field(default_factory=list)
+    other_products: int = 0
 
 
 @dataclass
@@ -108,10 +116,20 @@ class _Recorder(TorchDispatchMode):
         if frame is None or frame.ignored:
             return out
         if formula is not None:
-            self.recording.records[frame.name].macs += formula(*args, **kwargs, out_val=out) // 2
+            record = self.recording.records[frame.name]
+            record.macs += formula(*args, **kwargs, out_val=out) // 2
+            record.other_products += 1
         elif not isinstance(frame.module, WEIGHT_LAYERS) and self._is_arithmetic(func, args, out):
             self.recording.not_counted[_plain_name(func)] = None
         return out
+
+    def product(self, left: Any, right: Any) -> None:
+        """A matrix product is about to run that a quantized module would see; its operator is counted once more."""
+        frame = self._stack[-1] if self._stack else None
+        if frame is not None and not frame.ignored:
+            record = self.recording.records[frame.name]
+            record.operands += [left in self._nonnegative, right in self._nonnegative]
+            record.other_products -= 1
 
     def _is_arithmetic(self, func: Any, args: Any, out: Any) -> bool:
         """True for arithmetic on floating tensors of at least one value for each pixel of the network's input."""
@@ -120,6 +138,20 @@ class _Recorder(TorchDispatchMode):
         results, given = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in (out, args))
         is_floating = any(t.is_floating_point() for t in results)  # comparisons are not
         return is_floating and any(t.is_floating_point() and t.numel() >= self._pixels for t in results + given)
+
+
+class _Products(TorchFunctionMode):
+    """Tells the recorder of matrix products where they are still calls of torch's functions, above operators."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = operands_of(func, args, kwargs or {})
+        if operands is not None:
+            self._recorder.product(*operands)
+        return func(*args, **kwargs or {})
 
 
 @contextmanager
@@ -150,7 +182,8 @@ def record(net: nn.Module, image: Tensor) -> Recording:
     """Run ``net(image)`` once without gradients and write down what happens; hooks are gone afterwards."""
     pixels = image[0, 0].numel() if image.dim() > 2 else image[0].numel()
     recorder = _Recorder(net, pixels)
-    with torch.inference_mode(False), torch.no_grad(), _plain_attention(), _hooks(net, recorder), recorder:
+    with torch.inference_mode(False), torch.no_grad(), _plain_attention(), _hooks(net, recorder), recorder, \
+            _Products(recorder):
         net(image)
     return recorder.recording
 

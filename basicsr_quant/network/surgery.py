@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..nn import QUANTIZED_TWINS, QuantLayer
+from ..nn import QUANTIZED_TWINS, QuantLayer, quantized_products
 from ..quantizers import QuantContext, Quantizer
 from .plan import FLOAT_BITS, LayerPlan, Plan
 
@@ -34,23 +34,40 @@ def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_we
     modules = dict(net.named_modules(remove_duplicate=False))
     _check_fits(plan, modules)
     context = QuantContext()
-    twins: dict[int, QuantLayer] = {}
+    twins: dict[int, nn.Module] = {}
+
+    def put(layer: LayerPlan, twin: QuantLayer, attribute: str, make: QuantizerFactory, module: nn.Module) -> None:
+        quantizer = make(layer, module)
+        quantizer.context = context
+        device = next(p.device for p in (*module.parameters(), *net.parameters()))
+        setattr(twin, attribute, quantizer.to(device))
+
     for layer in plan.quantized:
         module = modules[layer.layer]
+        if layer.operands:
+            products: Any = quantized_products(module, len(layer.operands) // 2)
+            for index, rectified in enumerate(layer.operands):
+                side, bits = (('left', layer.a_bits), ('right', layer.w_bits))[index % 2]
+                name = f'{layer.layer}.quant_products.{index // 2}.{side}'
+                if bits < FLOAT_BITS:
+                    part = dataclasses.replace(layer, layer=name, a_bits=bits, rectified=rectified)
+                    operand = getattr(products.quant_products[index // 2], side)
+                    put(part, operand, 'input_quantizer', make_input, module)
+            twins[id(module)] = products
+            continue
         twin = QUANTIZED_TWINS[type(module)].from_float(module)
         for bits, attribute, make in (
             (layer.a_bits, 'input_quantizer', make_input),
             (layer.w_bits, 'weight_quantizer', make_weight),
         ):
             if bits < FLOAT_BITS:
-                quantizer = make(layer, module)
-                quantizer.context = context
-                setattr(twin, attribute, quantizer.to(next(module.parameters()).device))
+                put(layer, twin, attribute, make, module)
         twins[id(module)] = twin
     for name, module in modules.items():  # every place where a shared module stands
         if id(module) in twins:
             parent, _, child = name.rpartition('.')
-            setattr(modules[parent], child, twins[id(module)])
+            owner = twins.get(id(modules[parent]), modules[parent])
+            setattr(owner, child, twins[id(module)])
     net._quant_context = context  # type: ignore[assignment]
     net.register_forward_pre_hook(begin_pass, with_kwargs=True)
     return net

@@ -39,6 +39,8 @@ class LayerTrace:
         macs: Multiply-accumulates of this module's own forward (not of its children), over all calls, batch 1.
         rectified: True if at every call its input is the result of an operation that gives no negative values
             (ReLU, sigmoid, softmax, abs, clamp from 0 ...), also through pooling, pixel shuffle, concatenation, sums.
+        operands: For each operand of the matrix products of this module's own forward, in the order of one call,
+            whether it cannot be negative; empty where there are none, or where it runs other operators with MACs too.
         weight_numel, weight_bytes: Size of ``weight`` as it is stored; 0 where there is none, or where an earlier
             layer holds the same tensor.
     """
@@ -52,6 +54,7 @@ class LayerTrace:
     rectified: bool
     weight_numel: int = 0
     weight_bytes: int = 0
+    operands: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,17 @@ def _layer(name: str, module: nn.Module, calls: CallRecord, weight: Tensor | Non
         rectified=calls.rectified,
         weight_numel=0 if weight is None else weight.numel(),
         weight_bytes=0 if weight is None else _stored(weight),
+        operands=_operands(calls),
     )
+
+
+def _operands(record: CallRecord) -> tuple[bool, ...]:
+    """Of one call; empty where calls differ or not all that costs MACs are plain products."""
+    if not record.operands or record.other_products or len(record.operands) % (2 * record.calls):
+        return ()
+    size = len(record.operands) // record.calls
+    calls = [record.operands[i * size : (i + 1) * size] for i in range(record.calls)]
+    return tuple(all(flags) for flags in zip(*calls))
 
 
 def _stored(tensor: Tensor) -> int:
