@@ -2,15 +2,18 @@
 
 from . import auto, daq, lsq, none, observed, odm, pams
 from .base import METHODS, Method, Training, method_of, quantize, settings_of
+from .calibrate import calibrate, needs_images
 
 __all__ = [
     'METHODS',
     'Method',
     'Training',
     'auto',
+    'calibrate',
     'daq',
     'lsq',
     'method_of',
+    'needs_images',
     'none',
     'observed',
     'odm',

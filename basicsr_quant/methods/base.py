@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..network.calibration import Observations, observe
+from ..network.folding import fold_batch_norms
 from ..network.plan import LayerPlan, Plan
 from ..network.stages import Stages
 from ..network.surgery import apply_plan, quant_layers, quantizers
@@ -236,7 +237,11 @@ def method_of(plan: Plan) -> Method:
 
 
 def quantize(net: nn.Module, plan: Plan) -> nn.Module:
-    """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``."""
+    """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``.
+
+    BatchNorms that the plan folds are gone afterwards, see :mod:`basicsr_quant.network.folding`.
+    """
     method = method_of(plan)
     method.check(plan)
+    fold_batch_norms(net, plan.settings.get('folded', {}))
     return apply_plan(net, plan, method.make_input, method.make_weight)

@@ -36,7 +36,7 @@ def plan_card(trace: NetworkTrace, plan: Plan, *, show_all: bool = False) -> str
     settings = [f'{key} {value}' for key, value in plan.settings.items() if value and not isinstance(value, dict)]
     heading = f'{", ".join(["method " + plan.method, *settings])}; MACs for an input of {_times(trace.input_shape[1:])}'
     floating = _floating([planned[name] for name in names])
-    return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *floating])
+    return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *_changes(trace, plan), *floating])
 
 
 def _alike(
@@ -85,6 +85,23 @@ def _totals(trace: NetworkTrace, plan: Plan) -> list[str]:
         lines.append(f'FAB: {found.fab:.2f}, by MACs {found.fab_mac or found.fab:.2f}')
     if trace.not_counted:
         lines.append(f'not counted: {", ".join(trace.not_counted)}')
+    return lines
+
+
+def _changes(trace: NetworkTrace, plan: Plan) -> list[str]:
+    """What happens to the network in floating point first: BatchNorms folded, ranges equalized."""
+    lines = []
+    folded, pairs = plan.settings.get('folded', {}), plan.settings.get('equalized')
+    if trace.batch_norms and plan.quantized:
+        others = [name for name in trace.batch_norms if name not in folded]
+        line = f'BatchNorm: {len(folded)} of {len(trace.batch_norms)} folded into the layers before them'
+        if folded and others:
+            line += f'; {", ".join(map(span, by_pattern(others)))} cannot be'
+        lines.append(line)
+    if pairs:
+        lines.append(f'equalized weight ranges: {len(pairs)} pairs, {", ".join(map(span, by_pattern(list(pairs))))} first')
+    elif pairs is not None:
+        lines.append('equalized weight ranges: none; no two quantized layers have a ReLU-like function alone between them')
     return lines
 
 
