@@ -50,6 +50,7 @@ class QuantizedModelMixin:
         self._run = opt['quant_run']
         self._method = method_of(self._run['plan'])
         self._calibration: dict[str, Any] = {}
+        self._stages = Stages(functools.partial(tqdm, unit='step', leave=False, disable=None))
         self._training: Training | None = None
         self._evaluation: Evaluation | None = None
         self._wrap = False
@@ -65,7 +66,7 @@ class QuantizedModelMixin:
         if opt['is_train']:
             self._begin_training()
         else:
-            self._evaluation = Evaluation(self._run, opt)
+            self._evaluation = Evaluation(self._run, opt, self._calibration_results())
             if self._run['command'] == 'calibrate':
                 self.save_network([self.net_g], 'net_g', 'calibrated', ['params'])
 
@@ -111,8 +112,7 @@ class QuantizedModelMixin:
         _same_on_all_ranks(net.state_dict())  # without a checkpoint each rank has drawn its own weights
         before = set(vars(self))
         images = CalibrationImages(config, options, self._to_lq, self.opt['manual_seed']) if looks else ()
-        stages = Stages(functools.partial(tqdm, unit='step', leave=False, disable=None))
-        seen = calibrate(net, self._run['plan'], images, stages)
+        seen = calibrate(net, self._run['plan'], images, self._stages)
         for name in set(vars(self)) - before:  # what feed_data left behind
             delattr(self, name)
         scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=self.device)  # type: ignore[attr-defined]
@@ -126,8 +126,14 @@ class QuantizedModelMixin:
             'Calibrated %d quantizers (method %s) %s in %.1f s%s.',
             len(quantizers(net)), self._run['plan'].method, source, time.time() - start, scale_found,
         )  # fmt: skip
-        times = ', '.join(f'{name} {seconds:.1f} s' for name, seconds in stages.seconds.items())
+        times = ', '.join(f'{name} {seconds:.1f} s' for name, seconds in self._stages.seconds.items())
         logger.info('Stages: %s.', times or 'none')
+
+    def _calibration_results(self) -> dict[str, Any] | None:
+        if not self._calibration:
+            return None
+        known = {key: self._calibration.get(key) for key in ('images', 'feature_scale', 'choices')}
+        return {**known, 'seconds': self._stages.seconds or None}
 
     def _to_lq(self, data: Any) -> Tensor:
         self.feed_data(data)
