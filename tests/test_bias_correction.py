@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from helpers import assert_close, images, plan_of, tiny
@@ -84,15 +82,14 @@ class Mixed(nn.Module):
         return self.last(self.bare(self.linear(x.movedim(1, -1)).movedim(-1, 1)))
 
 
-def test_layers_that_run_twice_linear_layers_and_layers_without_a_bias(caplog):
+def test_layers_that_run_twice_linear_layers_and_layers_without_a_bias(said):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = Mixed()
     plan = plan_of(net, 'minmax', 2, bias_correction='empirical', scope='all')
     quantize(net, plan)
-    with caplog.at_level(logging.WARNING, 'basicsr'):
-        calibrate(net, plan, BATCHES)
-    assert "1 layers have no bias and stay as they are: ['bare']" in caplog.text
+    calibrate(net, plan, BATCHES)
+    assert any("1 layers have no bias and stay as they are: ['bare']" in line for line in said)
     names = ['first', 'linear', 'last']  # a layer that reads its own output settles only in part
     found = means(net, names)
     with torch.random.fork_rng():
