@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from helpers import assert_close, images, plan_of, tiny
@@ -9,6 +11,8 @@ from torch import nn
 
 from basicsr_quant.methods import calibrate, needs_images, quantize
 from basicsr_quant.network.bias_correction import correct_biases
+from basicsr_quant.network.calibration import output_error
+from basicsr_quant.network.planning import LayerRule
 from basicsr_quant.network.stages import Stages
 from basicsr_quant.network.surgery import quant_layers
 
@@ -25,39 +29,61 @@ def means(net, names):
             net(batch)
     for handle in handles:
         handle.remove()
-    return {
-        name: torch.cat([o.movedim(-1 if isinstance(layers[name], nn.Linear) else 1, 0).flatten(1) for o in seen[name]], 1)
-        .double().mean(dim=1) for name in names
-    }  # fmt: skip
+    channel = {name: -1 if isinstance(layers[name], nn.Linear) else 1 for name in names}
+    rows = {name: [o.movedim(channel[name], 0).flatten(1) for o in seen[name]] for name in names}
+    return {name: torch.cat(found, dim=1).double().mean(dim=1) for name, found in rows.items()}
 
 
-def calibrated(net, method='minmax', bits=2, **settings):
+def calibrated(net, method='minmax', bits=2, correct=False, **settings):
     plan = plan_of(net, method, bits, **settings)
     quantize(net, plan)
-    stages = Stages()
-    calibrate(net, plan, BATCHES, stages)
-    return net, stages
+    calibrate(net, plan, BATCHES)
+    return correct_biases(net, BATCHES) if correct else None
 
 
 @pytest.mark.parametrize(('method', 'settings'), [
     ('minmax', {}), ('minmax', {'scope': 'all'}), ('mse', {'w_granularity': 'channel'}), ('daq', {}),
 ])  # fmt: skip
 def test_means_are_those_of_floating_point(method, settings):
-    net, stages = calibrated(tiny(), method, bias_correction='empirical', **settings)
-    plain, _ = calibrated(tiny(), method, **settings)
+    net, plain = tiny(), tiny()
+    assert calibrated(net, method, correct=True, **settings) == []
+    calibrated(plain, method, **settings)
     names = list(quant_layers(net))
     wanted = means(tiny(), names)
     found, before = means(net, names), means(plain, names)
     for name in names:
         assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
         assert not torch.allclose(before[name], wanted[name], rtol=1e-3, atol=1e-5)
-    assert 'correcting biases' in stages.seconds
     state, other = net.state_dict(), plain.state_dict()
     assert {k for k in state if not torch.equal(state[k], other[k])} == {f'{name}.bias' for name in names}
 
 
+@pytest.mark.parametrize('kept', [True, False])
+def test_a_correction_is_kept_if_the_output_comes_nearer(kept, said, monkeypatch):
+    def spoil(net, images, follow):
+        for layer in quant_layers(net).values():
+            layer.bias += 1
+        return []
+
+    if not kept:
+        monkeypatch.setattr(importlib.import_module('basicsr_quant.methods.calibrate'), 'correct_biases', spoil)
+    net, stages = tiny(), Stages()
+    # The mean of the last layer's output is the network's: setting it right lowers the error by its square.
+    rules = {'last': LayerRule(2, 2), '*': LayerRule(32, 32)}
+    plan = plan_of(net, 'minmax', layers=rules, bias_correction='empirical')
+    found = calibrate(quantize(net, plan), plan, BATCHES, stages).choices['bias_correction']
+    assert found['kept'] == kept == (found['output_mse_after'] < found['output_mse_before'])
+    with torch.no_grad():
+        now = output_error(net, BATCHES, [tiny()(batch) for batch in BATCHES])
+    assert_close(now, found['output_mse_after' if kept else 'output_mse_before'])
+    assert any(line.endswith('; kept.' if kept else '; undone.') for line in said)
+    assert list(stages.seconds)[:3] == ['observing activations', 'setting ranges', 'comparing outputs']
+    assert torch.equal(net.last.bias, tiny().last.bias) != kept
+
+
 def test_modes_quantizers_and_hooks_are_as_they_were():
-    net, _ = calibrated(tiny())
+    net = tiny()
+    calibrated(net)
     net.train()
     correct_biases(net, BATCHES)
     assert all(m.training for m in net.modules()) and all(q.enabled for q in net.modules() if hasattr(q, 'num_bits'))
@@ -90,6 +116,10 @@ def test_layers_that_run_twice_linear_layers_and_layers_without_a_bias(said):
     quantize(net, plan)
     calibrate(net, plan, BATCHES)
     assert any("1 layers have no bias and stay as they are: ['bare']" in line for line in said)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Mixed()
+    calibrated(net, correct=True, scope='all')
     names = ['first', 'linear', 'last']  # a layer that reads its own output settles only in part
     found = means(net, names)
     with torch.random.fork_rng():

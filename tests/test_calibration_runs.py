@@ -153,7 +153,7 @@ def test_the_hosts_own_test_script_calibrates_alike(project: Project, monkeypatc
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- BatchNorm
+# ------------------------------------------------------------------------------------------------------------ BatchNorm
 
 
 def test_a_network_with_norms_is_folded_saved_loaded_and_tested(project: Project, capsys: Any) -> None:
@@ -205,7 +205,7 @@ def test_options_out_of_range(project: Project, block: dict[str, Any], capsys: A
     assert len(said) == 1 and f'quant.{next(iter(block))}' in said[0]
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def folder_with(project: Project, name: str, **files: Any) -> str:
@@ -232,7 +232,9 @@ def png(image: np.ndarray) -> bytes:
 BAD_FOLDERS = {
     'none': ({}, 'holds no images'),
     'fewer': ({'a': photo(16, 16, 3)}, '3 given, but'),
-    'truncated': ({'a': photo(16, 16, 3), 'b': png(photo(16, 16, 3))[:300], 'c': photo(16, 16, 3)}, 'b.png cannot be read'),
+    'truncated': (
+        {'a': photo(16, 16, 3), 'b': png(photo(16, 16, 3))[:300], 'c': photo(16, 16, 3)}, 'b.png cannot be read'
+    ),
     'no image': ({'a': photo(16, 16, 3), 'b': photo(16, 16, 3), 'c': b'a text'}, 'c.png cannot be read'),
 }  # fmt: skip
 

@@ -114,7 +114,7 @@ def layer_twice(s, x):
     return s.b(functional.conv2d(s.bn(s.a(x)), s.b.weight))
 
 
-# ------------------------------------------------------------------------------------------------ who reads what it makes
+# ---------------------------------------------------------------------------------------------- who reads what it makes
 
 
 @pytest.mark.parametrize(('forward', 'found'), [
@@ -168,7 +168,7 @@ def test_which_layers_are_equalized(forward, found):
         assert_close(net(x).detach(), before, rtol=1e-4, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------- folding
+# -------------------------------------------------------------------------------------------------------------- folding
 
 
 @pytest.mark.parametrize('affine', [True, False])
@@ -190,7 +190,7 @@ def test_folding_keeps_the_function(kind, affine):
 
 
 def test_a_plan_that_folds_what_is_not_there_is_refused():
-    with pytest.raises(QuantError, match="folds 'body.0.norm' into 'body.0.conv1'"):
+    with pytest.raises(QuantError, match=r"folds 'body\.0\.norm' into 'body\.0\.conv1'"):
         fold_batch_norms(net_of(), {'body.0.norm': 'body.0.conv1'})
 
 
@@ -208,7 +208,7 @@ def test_when_a_plan_folds(block, training, count):
     assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == 4 - count
 
 
-# -------------------------------------------------------------------------------------------------------- equalization
+# --------------------------------------------------------------------------------------------------------- equalization
 
 
 @pytest.mark.parametrize('kind', LAYERS)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from basicsr_quant.errors import QuantError
 from basicsr_quant.quantizers import OBSERVERS, align_zero_point, fake_quantize, percentile, search_mse_range
+from basicsr_quant.quantizers.observers import percentile_range
 
 NAMES = list(OBSERVERS)
 
@@ -142,6 +143,27 @@ def test_percentile_equals_numpy(values, percent):
     rows = torch.tensor([values, values[::-1]], dtype=torch.float64)
     wanted = np.percentile(rows.numpy(), percent, axis=1)
     assert_close(percentile(rows, percent), torch.from_numpy(wanted), rtol=1e-9, atol=1e-9)
+
+
+ROWS = {
+    'Gaussian': normal(200000),
+    'half zeros': normal(200000).relu(),
+    'zeros but for one in two hundred': (normal(200000) - 2.576).relu(),
+    'constant': torch.full((200000,), 3.0),
+    'sorted, which a strided sample follows': normal(200000).sort().values,
+    'two values': (normal(200000) > 2.2).float(),
+    'a few outliers where the sample looks': torch.zeros(200000).index_fill(0, torch.arange(0, 200000, 48), 9.0),
+    'a few outliers where it does not look': torch.zeros(200000).index_fill(0, torch.arange(1, 200000, 48), 9.0),
+}
+
+
+@pytest.mark.parametrize('percent', [95.0, 97.3, 99.0, 99.9, 99.999, 100.0])
+@pytest.mark.parametrize('kind', ROWS)
+def test_percentile_range_of_long_rows_equals_the_plain_one(kind, percent):
+    rows = torch.stack([ROWS[kind], -2 * ROWS[kind]])
+    lower, upper = percentile_range(rows, percent)
+    assert_close(lower, percentile(rows, 100 - percent), rtol=1e-6)
+    assert_close(upper, percentile(rows, percent), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -147,10 +147,10 @@ class Method:
         observer.update(weight)
         quantizer.set_range(*observer.range())
 
-    def _observer(
-        self, quantizer: Quantizer, symmetric: bool = False, per_channel: bool = False, init: str | None = None
-    ) -> Observer:
-        init = init or self.options.init
+    def _observer(self, quantizer: Quantizer, symmetric: bool = False, per_channel: bool = False) -> Observer:
+        return self._observer_of(self.options.init, quantizer, symmetric, per_channel)
+
+    def _observer_of(self, init: str, quantizer: Quantizer, symmetric: bool, per_channel: bool) -> Observer:
         kwargs: dict[str, Any] = {'per_channel': per_channel}
         if init == 'percentile':
             kwargs['percent'] = self.options.percentile

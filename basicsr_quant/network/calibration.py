@@ -129,6 +129,16 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def output_error(net: nn.Module, images: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
+    """Mean squared difference between the network's outputs and ``targets``, over all values of all images."""
+    total, count = 0.0, 0
+    with evaluating(net), torch.no_grad():
+        for image, target in zip(images, targets):
+            total += float((net(image) - target).double().square().sum())
+            count += target.numel()
+    return total / count
+
+
 def feature_scale(stds: list[float]) -> float:
     """The feature scale c of a network from the standard deviations of its quantized layers' inputs."""
     positive = [s for s in stds if s > 0]

@@ -1,4 +1,4 @@
-"""Which part of a weight belongs to which channel, for convolutions of any groups, transposed or not, and linear layers.
+"""Which part of a weight belongs to which channel: convolutions of any groups, transposed or not, and linear layers.
 
 A weight is (out, in / groups, ...) and (in, out / groups, ...) where it is transposed; a linear layer's is (out, in).
 """

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .channels import input_channels, input_range, layout, output_channels, output_range
+from .dataflow import Step
+from .nonnegative import names
 from .scope import WEIGHT_LAYERS
 from .trace import NetworkTrace
 
-_SCALE_FREE = frozenset(
-    'ReLU PReLU LeakyReLU Identity relu leaky_relu _prelu_kernel upsample_nearest2d _upsample_nearest_exact2d'.split()
-)
+_SCALE_FREE = names("""
+    ReLU PReLU LeakyReLU Identity relu leaky_relu _prelu_kernel upsample_nearest2d _upsample_nearest_exact2d
+""")
 """Modules and operators f with f(s x) = s f(x) for any s > 0 of a channel, and that keep channels where they are."""
 
 _ROUNDS = 30
@@ -35,11 +37,11 @@ def equalizable(net: nn.Module, traced: NetworkTrace, folded: Mapping[str, str],
     modules = dict(net.named_modules())
     pairs = {}
     for first in traced.layers:
-        *between, last = [step for step in first.chain if step.name not in folded] or [None]
-        if last is None or first.name not in layers or last.name not in layers or not last.sole:
+        *between, last = [Step('', ''), *(step for step in first.chain if step.name not in folded)]
+        if first.name not in layers or last.name not in layers or not last.sole:
             continue
         own = all('weight' in modules[name]._parameters for name in (first.name, last.name))
-        if own and isinstance(modules[last.name], WEIGHT_LAYERS) and all(s.type in _SCALE_FREE for s in between):
+        if own and isinstance(modules[last.name], WEIGHT_LAYERS) and all(s.type in _SCALE_FREE for s in between[1:]):
             pairs[first.name] = last.name
     return pairs
 

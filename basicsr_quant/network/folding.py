@@ -74,15 +74,15 @@ def fold_batch_norms(net: nn.Module, folded: Mapping[str, str]) -> nn.Module:
         if not isinstance(norm, _NORMS) or not isinstance(layer, _LAYERS):
             raise QuantError(f"the plan folds '{norm_name}' into '{layer_name}', which this network does not have so")
         fold = Fold(norm_name, layer_name, norm.eps, layer.groups, layer.transposed)  # type: ignore[arg-type]
-        weight = layer.weight
+        weight, bias = layer.weight, layer.bias
         assert isinstance(weight, nn.Parameter)
         state = {f'{layer_name}.{k}': v for k, v in layer.state_dict().items()}
         state.update({f'{norm_name}.{k}': v for k, v in norm.state_dict().items()})
         state = _fold(state, fold)
-        if layer.bias is None:
-            layer.bias = nn.Parameter(torch.zeros_like(state[f'{layer_name}.bias']), weight.requires_grad)
+        if not isinstance(bias, nn.Parameter):
+            layer.bias = bias = nn.Parameter(torch.empty_like(state[f'{layer_name}.bias']), weight.requires_grad)
         weight.copy_(state[f'{layer_name}.weight'])
-        layer.bias.copy_(state[f'{layer_name}.bias'])
+        bias.copy_(state[f'{layer_name}.bias'])
         for name, module in modules.items():
             if module is norm:
                 parent, _, child = name.rpartition('.')

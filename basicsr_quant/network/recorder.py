@@ -115,7 +115,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._nonnegative.observe(func, args, kwargs, out)
         frame = self._stack[-1] if self._stack else None
-        self.recording.flow.observe(frame and frame.call, func, args, kwargs, out)
+        self.recording.flow.observe(frame.call if frame is not None else None, func, args, kwargs, out)
         if frame is None or frame.ignored:
             return out
         if formula is not None:

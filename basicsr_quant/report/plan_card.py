@@ -99,9 +99,10 @@ def _changes(trace: NetworkTrace, plan: Plan) -> list[str]:
             line += f'; {", ".join(map(span, by_pattern(others)))} cannot be'
         lines.append(line)
     if pairs:
-        lines.append(f'equalized weight ranges: {len(pairs)} pairs, {", ".join(map(span, by_pattern(list(pairs))))} first')
+        firsts = ', '.join(map(span, by_pattern(list(pairs))))
+        lines.append(f'equalized weight ranges: {len(pairs)} pairs of layers, {firsts} and the one behind each')
     elif pairs is not None:
-        lines.append('equalized weight ranges: none; no two quantized layers have a ReLU-like function alone between them')
+        lines.append('equalized weight ranges: none; no two quantized layers have ReLU-like functions alone between them')
     return lines
 
 

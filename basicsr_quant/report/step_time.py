@@ -97,14 +97,15 @@ def peak_memory(net: nn.Module, plan: Plan | None, batch: Batch, steps: int = 3)
     cuda = batch[0].device.type == 'cuda'
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    before = 0 if cuda else _peak_resident()
+    before = 0 if cuda else peak_resident()
     step = make_step(net, plan, batch)
     for _ in range(steps):
         step()
-    return (torch.cuda.max_memory_allocated() if cuda else _peak_resident()) - before
+    return (torch.cuda.max_memory_allocated() if cuda else peak_resident()) - before
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
+    """Greatest resident size of this process so far, in bytes."""
     # getrusage's figure is no use in a child process: on Linux it starts at its parent's. VmHWM starts anew.
     try:
         lines = Path('/proc/self/status').read_text().splitlines()
