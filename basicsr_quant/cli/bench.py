@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch', type=int, help='batch size instead of the file\'s')
     parser.add_argument('--patch', type=int, help='side of the LQ patch instead of the file\'s gt_size / scale')
     parser.add_argument('--threads', type=int, help='threads of torch (default: torch\'s own choice)')
-    parser.add_argument('--calibration', type=int, metavar='N', help='not the training step: a calibration with N random '
-                        'images of side --patch (default 96) over plain forward passes on them')
+    parser.add_argument('--calibration', type=int, metavar='N', help='not the training step: a calibration with N '
+                        'random images of side --patch (default 96) over plain forward passes on them')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
 
 

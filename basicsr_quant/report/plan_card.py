@@ -102,7 +102,7 @@ def _changes(trace: NetworkTrace, plan: Plan) -> list[str]:
         firsts = ', '.join(map(span, by_pattern(list(pairs))))
         lines.append(f'equalized weight ranges: {len(pairs)} pairs of layers, {firsts} and the one behind each')
     elif pairs is not None:
-        lines.append('equalized weight ranges: none; no two quantized layers have ReLU-like functions alone between them')
+        lines.append('equalized weight ranges: none; no two quantized layers have only ReLU-like steps between')
     return lines
 
 
