@@ -10,12 +10,14 @@ from helpers import assert_close, images, plan_of, quantized, tiny
 from torch import nn
 from torch.nn import functional
 
+from basicsr_quant import compat
 from basicsr_quant.config import read_config
 from basicsr_quant.errors import QuantError
-from basicsr_quant.methods import quantize
+from basicsr_quant.methods import calibrate, quantize
 from basicsr_quant.network.channels import input_channels, input_range, layout, output_channels, output_range
 from basicsr_quant.network.equalization import equalizable, equalize
 from basicsr_quant.network.folding import fold_batch_norms, fold_state, foldable, folds_of
+from basicsr_quant.network.surgery import floating_point
 from basicsr_quant.network.trace import trace
 
 LAYERS = {
@@ -276,8 +278,6 @@ def test_equalized_ranges_cost_less_at_few_bits():
             block.bn1.weight *= scale
             block.conv2.weight /= scale[:, None, None]
     wanted, errors = net(x).detach(), {}
-    from basicsr_quant.methods import calibrate
-
     for wish in (False, True):
         plan = read_config({'method': 'mse', 'w_bits': 4, 'a_bits': 8, 'equalize': wish}).plan(net, trace(net))
         twin = quantize(copy.deepcopy(net), plan)
@@ -294,3 +294,23 @@ def test_a_network_without_norms_is_left_as_it_is():
     plan = read_config({'method': 'minmax'}).plan(net, trace(net))
     assert 'folded' not in plan.settings and 'equalized' not in plan.settings
     assert set(quantized('minmax').state_dict()) == set(quantize(net, plan_of(net, 'minmax')).state_dict())
+
+
+@pytest.mark.skipif(not compat.has_host(), reason='BasicSR is not installed')
+def test_a_real_file_is_folded_as_it_is_read(assets):
+    """SRResNet with 17 BatchNorms, under the names of the tutorial that it comes from."""
+    compat.apply()
+    from basicsr_quant.archs import SRResNetBN
+    from basicsr_quant.models.checkpoint import load_state, read_network_file
+
+    file = read_network_file(str(assets / 'weights/SRResNet-BN-b8f64_x4.pth'))
+    plain, net = SRResNetBN(num_block=8).eval(), SRResNetBN(num_block=8).eval()
+    plan = read_config({'method': 'minmax', 'equalize': True}).plan(net, trace(net))
+    assert len(plan.settings['folded']) == 17 and len(plan.settings['equalized']) == 8
+    quantize(net, plan)
+    for member in (plain, net):
+        assert load_state(member, file, 'params') is not None
+    equalize(net, plan.settings['equalized'])
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad(), floating_point(net):
+        assert_close(net(x), plain(x), rtol=0, atol=1e-5)

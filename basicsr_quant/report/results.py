@@ -43,9 +43,9 @@ class ResultWriter:
         method, w_bits, a_bits: As in the ``quant:`` block.
         checkpoint: Path of the weights that were tested.
         plan: The plan in force.
+        cost: What the network costs; may be set later. Where an image is given without ``fab``, the plan's holds.
         calibration: ``images``, ``seconds`` by stage (None where an earlier run calibrated) and ``choices``; None for a
             network that was not calibrated.
-        cost: What the network costs; may be set later. Where an image is given without ``fab``, the plan's holds.
     """
 
     name: str
@@ -54,10 +54,10 @@ class ResultWriter:
     a_bits: float | None = None
     checkpoint: str | None = None
     plan: Plan | None = None
-    calibration: Mapping[str, Any] | None = None
     cost: Cost | None = None
     datasets: dict[str, dict[str, ImageResult]] = field(default_factory=dict)
     extra: dict[str, dict[str, float]] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
 
     def add_image(
         self,
