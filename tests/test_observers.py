@@ -274,7 +274,7 @@ def test_memory_does_not_grow_with_batches(name):
     def held(observer):
         found = [v for v in vars(observer).values() if isinstance(v, (torch.Tensor, list))]
         tensors = [t for v in found for t in (v if isinstance(v, list) else [v])]
-        return sum(t.untyped_storage().nbytes() for t in tensors)
+        return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
 
     observer = OBSERVERS[name]()
     for i in range(64):
@@ -287,8 +287,18 @@ def test_mse_observer_gives_every_batch_the_same_weight():
     observer = OBSERVERS['mse'](bits=2)
     for i in range(100):
         observer.update(torch.rand(20000, generator=torch.Generator().manual_seed(i)) * 0.5 + i)
-    counts = torch.cat(observer._samples, dim=1)[0].int().bincount()
+    counts = observer._kept[0, : sum(observer._lengths)].int().bincount()
     assert len(counts) == 100 and counts.min() == counts.max() > 500
+
+
+def test_mse_observer_takes_batches_of_any_size_and_more_of_them_than_it_keeps():
+    observer = OBSERVERS['mse'](bits=4, samples=8)
+    for size in (3, 1, 20, 2, 1, 5, *[4] * 20):
+        observer.update(torch.linspace(-1, 1, size))
+        assert sum(observer._lengths) <= 8 == max(8, observer._kept.shape[1])
+    assert len(observer._lengths) == 8
+    lower, upper = observer.range()
+    assert -1 <= lower <= upper <= 1
 
 
 def test_mse_observer_sees_all_of_a_weight():

@@ -171,7 +171,8 @@ class MSEObserver(Observer):
     ) -> None:
         super().__init__(per_channel)
         self.bits, self.symmetric, self.narrow_range, self.zero_point = bits, symmetric, narrow_range, zero_point
-        self._samples: list[Tensor] = []
+        self._kept: Tensor | None = None  # one tensor: many small ones would keep the heap from shrinking
+        self._lengths: list[int] = []
         self._most = self._each = samples
         self._draw = torch.Generator().manual_seed(0)
 
@@ -182,18 +183,41 @@ class MSEObserver(Observer):
             index = torch.randint(size, (self._each,), generator=self._draw)
         else:
             index = torch.randperm(size, generator=self._draw)
-        self._samples.append(rows[:, index.to(rows.device)])
-        while self._each > 1 and sum(s.shape[1] for s in self._samples) > self._most:
+        sample = rows[:, index.to(rows.device)]
+        while self._each > 1 and sum(self._lengths) + sample.shape[1] > self._most:
             self._each //= 2  # the order is random, so the first half of a sample is a sample
-            self._samples = [s[:, : self._each].clone() for s in self._samples]
+            self._shorten()
+            sample = sample[:, : self._each]
+        self._keep(sample)
+
+    def _shorten(self) -> None:
+        start = end = 0
+        for index, length in enumerate(self._lengths):
+            assert self._kept is not None
+            kept = min(length, self._each)
+            self._kept[:, end : end + kept] = self._kept[:, start : start + kept].clone()
+            self._lengths[index] = kept
+            start, end = start + length, end + kept
+
+    def _keep(self, sample: Tensor) -> None:
+        start, size = sum(self._lengths), sample.shape[1]
+        if self._kept is None:
+            self._kept = sample
+        elif start + size <= self._most:  # beyond it only with more batches than values
+            if self._kept.shape[1] < self._most:
+                self._kept = torch.cat([self._kept, sample.new_empty(len(sample), self._most - self._kept.shape[1])], 1)
+            self._kept[:, start : start + size] = sample
+        else:
+            return
+        self._lengths.append(size)
 
     def range(self) -> tuple[Tensor, Tensor]:
         return self.search(self.bits)[:2]
 
     def search(self, bits: int, every: int = 1) -> tuple[Tensor, Tensor, float]:
         """The range for another number of bits, and its mean squared error; on every ``every``-th value kept."""
-        assert self._samples, 'range() before update()'
-        values = torch.cat(self._samples, dim=1)[:, ::every]
+        assert self._kept is not None, 'range() before update()'
+        values = self._kept[:, : sum(self._lengths) : every].contiguous()
         settings = {'narrow_range': self.narrow_range, 'zero_point': self.zero_point}
         lower, upper = search_mse_range(values, bits, self.symmetric, **settings)  # type: ignore[arg-type]
         rounded = fake_quantize(values, lower[:, None], upper[:, None], bits, **settings)  # type: ignore[arg-type]
