@@ -128,7 +128,9 @@ def test_result_files_say_how_it_was_calibrated(project: Project) -> None:
     assert project.run('calibrate', method='daq', bias_correction='empirical') == 0
     found = project.metrics()['calibration']
     assert found['images'] == 3 and found['choices']['step_table'] in ('optimal', 'reference')
-    assert list(found['seconds']) == ['observing activations', 'choosing step tables', 'correcting biases']
+    assert list(found['seconds']) == [
+        'observing activations', 'choosing step tables', 'comparing outputs', 'correcting biases'
+    ]  # fmt: skip
     assert all(0 <= value < 60 for value in found['seconds'].values())
     page = (project.folder / 'results/tiny/metrics.md').read_text()
     assert 'Calibrated on 3 images in ' in page and '- step_table: ' in page
