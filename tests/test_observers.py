@@ -150,10 +150,10 @@ ROWS = {
     'half zeros': normal(200000).relu(),
     'zeros but for one in two hundred': (normal(200000) - 2.576).relu(),
     'constant': torch.full((200000,), 3.0),
-    'sorted, which a strided sample follows': normal(200000).sort().values,
+    'sorted': normal(200000).sort().values,
     'two values': (normal(200000) > 2.2).float(),
-    'a few outliers where the sample looks': torch.zeros(200000).index_fill(0, torch.arange(0, 200000, 48), 9.0),
-    'a few outliers where it does not look': torch.zeros(200000).index_fill(0, torch.arange(1, 200000, 48), 9.0),
+    'an outlier every 48 values': torch.zeros(200000).index_fill(0, torch.arange(0, 200000, 48), 9.0),
+    'the same, one further': torch.zeros(200000).index_fill(0, torch.arange(1, 200000, 48), 9.0),
 }
 
 
