@@ -10,6 +10,8 @@ from torch import nn
 
 from .errors import QuantError, nearest
 from .methods import METHODS, method_of, settings_of
+from .network.equalization import equalizable
+from .network.folding import foldable
 from .network.plan import FLOAT_BITS, Plan
 from .network.planning import LayerRule, PlanRequest, make_plan
 from .network.trace import NetworkTrace
@@ -47,9 +49,16 @@ class QuantConfig:
     attention: bool = False
     feature_scale: float | None = None
     calibration: CalibrationConfig | None = None
+    fold_bn: bool | None = None
+    equalize: bool = False
 
-    def plan(self, net: nn.Module, traced: NetworkTrace) -> Plan:
-        """Plan ``net``, an FP32 network; ``traced`` tells which inputs follow a ReLU.
+    def plan(self, net: nn.Module, traced: NetworkTrace, *, training: bool = False) -> Plan:
+        """Plan ``net``, an FP32 network; ``traced`` tells which inputs follow a ReLU, and what can be folded.
+
+        Args:
+            net: The network in floating point.
+            traced: Its trace.
+            training: For ``basicsr train``, which by default leaves BatchNorm as it is.
 
         Raises:
             QuantError: if a glob matches no layer, nothing is left to quantize, or the method refuses the plan.
@@ -59,6 +68,7 @@ class QuantConfig:
         )
         rectified = frozenset(layer.name for layer in traced.layers if layer.rectified)
         plan = make_plan(net, request, rectified, frozenset(traced.unused), traced.functional)
+        plan.settings.update(self._changes(plan, net, traced, training))
         if self.method != 'none' and not plan.quantized:
             refused = [layer for layer in plan if not layer.chosen]
             because = f" (of '{refused[0].layer}': {refused[0].why})" if refused else ''
@@ -76,6 +86,19 @@ class QuantConfig:
         method.check(plan)
         return method.complete_plan(plan, net)
 
+    def _changes(self, plan: Plan, net: nn.Module, traced: NetworkTrace, training: bool) -> dict[str, dict[str, str]]:
+        """What happens to the FP32 network before it is quantized."""
+        if not plan.quantized:
+            return {}
+        # Published codes keep BatchNorm behind the quantized convolution, and so does training unless it is asked to.
+        fold = self.fold_bn if self.fold_bn is not None else not (training or self.settings['reference_compat'])
+        folded = foldable(net, traced) if fold else {}
+        weights = {layer.layer for layer in plan if layer.w_bits < FLOAT_BITS}
+        changes = {'folded': folded} if folded else {}
+        if self.equalize:
+            changes['equalized'] = equalizable(net, traced, folded, weights)
+        return changes
+
 
 @dataclass(frozen=True)
 class _Scalars:
@@ -90,6 +113,9 @@ class _Scalars:
     zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045
     feature_scale: Union[float, str] = 'auto'  # noqa: UP007
     reference_compat: bool = False
+    fold_bn: Optional[bool] = None  # noqa: UP045 (as above)
+    equalize: bool = False
+    bias_correction: str = option('none', choices=('none', 'empirical'))
 
 
 def read_config(block: Any) -> QuantConfig:
@@ -126,6 +152,7 @@ def read_config(block: Any) -> QuantConfig:
         w_granularity=scalars.w_granularity,
         reference_compat=scalars.reference_compat,
         options=block.get(method),
+        bias_correction=None if scalars.bias_correction == 'none' else scalars.bias_correction,
     )
     w_bits, a_bits = _bits(scalars.w_bits, 'quant.w_bits'), _bits(scalars.a_bits, 'quant.a_bits')
     if METHODS[method].chooses_bits:
@@ -140,6 +167,8 @@ def read_config(block: Any) -> QuantConfig:
         attention=scalars.attention,
         feature_scale=_read_feature_scale(scalars.feature_scale),
         calibration=_read_calibration(block.get('calibration')),
+        fold_bn=scalars.fold_bn,
+        equalize=scalars.equalize,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,24 @@ def assets() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip('BASICSR_QUANT_DATA names no folder')
     return Path(folder)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What is logged, whether the host has stopped its logger's propagation or not."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, logger = Handler(), logging.getLogger('basicsr')
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.setLevel(level)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(scope='session')

@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import BODY, assert_close, images, plan_of, quantized, tiny
 
-from basicsr_quant.methods import method_of
+from basicsr_quant.methods import method_of, quantize, settings_of
+from basicsr_quant.network.planning import PlanRequest, make_plan
 from basicsr_quant.network.surgery import quant_layers
-from basicsr_quant.quantizers import search_mse_range
+from basicsr_quant.quantizers import OBSERVERS, search_mse_range
 
 METHODS = ['minmax', 'percentile', 'mse']
 BATCHES = [images(4, seed=s) for s in range(3)]
@@ -79,6 +80,44 @@ def test_weight_ranges_are_symmetric(method, options, zero_point, granularity):
         assert torch.equal(lower, -upper)
         codes = layer.weight_quantizer(torch.linspace(-9, 9, 4001).expand(4, 1, 1, -1))[0].unique()
         assert len(codes) == (15 if narrow else 16) and (codes == 0).any() == narrow
+
+
+@pytest.mark.parametrize('bits', [(2, 8), (8, 2), (3, 5), (4, 4), (4, 32), (32, 6)], ids='W{0[0]}A{0[1]}'.format)
+@pytest.mark.parametrize('granularity', ['tensor', 'channel'])
+@pytest.mark.parametrize('w_init', [None, 'minmax', 'percentile', 'mse'])
+@pytest.mark.parametrize('method', METHODS)
+def test_every_mix_of_bits_granularity_and_observers(method, w_init, granularity, bits):
+    """Weights and inputs have bits, and observers, of their own; a layer's grid never has more codes than its bits."""
+    w_bits, a_bits = bits
+    net, x = tiny(), images(4)
+    settings = settings_of(method, w_granularity=granularity, options={'w_init': w_init})
+    plan = make_plan(net, PlanRequest(method, w_bits, a_bits, settings=settings))
+    quantize(net, plan)
+    method_of(plan).calibrate(net, [x])
+    seen = {}
+    for name, layer in quant_layers(net).items():
+        layer.input_quantizer.register_forward_hook(lambda _, i, o, name=name: seen.__setitem__(name, o))
+    with torch.no_grad():
+        net(x)
+    for name, layer in quant_layers(net).items():
+        weight = layer.weight_quantizer(layer.weight).detach()
+        if w_bits == 32:
+            assert torch.equal(weight, layer.weight)
+        else:
+            rows = weight.reshape(4, -1) if granularity == 'channel' else weight.reshape(1, -1)
+            assert all(len(row.unique()) <= 2**w_bits - 1 for row in rows) and (weight != layer.weight).any()
+            wanted = observed_weight(w_init or method, layer.weight.detach(), w_bits, granularity == 'channel')
+            assert_close(layer.weight_quantizer.bounds(weight)[1].detach(), wanted)
+        if a_bits < 32:
+            assert len(seen[name].unique()) <= 2**a_bits
+
+
+def observed_weight(name, weight, bits, per_channel):
+    options = {'mse': {'bits': bits, 'symmetric': True, 'narrow_range': True, 'zero_point': 'integer'}}.get(name, {})
+    observer = OBSERVERS[name](per_channel=per_channel, **options)
+    observer.update(weight)
+    lower, upper = observer.range()
+    return torch.maximum(lower.abs(), upper.abs())
 
 
 @pytest.mark.parametrize('learn', [False, True])

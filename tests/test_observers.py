@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from basicsr_quant.errors import QuantError
 from basicsr_quant.quantizers import OBSERVERS, align_zero_point, fake_quantize, percentile, search_mse_range
+from basicsr_quant.quantizers.observers import percentile_range
 
 NAMES = list(OBSERVERS)
 
@@ -144,6 +145,27 @@ def test_percentile_equals_numpy(values, percent):
     assert_close(percentile(rows, percent), torch.from_numpy(wanted), rtol=1e-9, atol=1e-9)
 
 
+ROWS = {
+    'Gaussian': normal(200000),
+    'half zeros': normal(200000).relu(),
+    'zeros but for one in two hundred': (normal(200000) - 2.576).relu(),
+    'constant': torch.full((200000,), 3.0),
+    'sorted': normal(200000).sort().values,
+    'two values': (normal(200000) > 2.2).float(),
+    'an outlier every 48 values': torch.zeros(200000).index_fill(0, torch.arange(0, 200000, 48), 9.0),
+    'the same, one further': torch.zeros(200000).index_fill(0, torch.arange(1, 200000, 48), 9.0),
+}
+
+
+@pytest.mark.parametrize('percent', [95.0, 97.3, 99.0, 99.9, 99.999, 100.0])
+@pytest.mark.parametrize('kind', ROWS)
+def test_percentile_range_of_long_rows_equals_the_plain_one(kind, percent):
+    rows = torch.stack([ROWS[kind], -2 * ROWS[kind]])
+    lower, upper = percentile_range(rows, percent)
+    assert_close(lower, percentile(rows, 100 - percent), rtol=1e-6)
+    assert_close(upper, percentile(rows, percent), rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_percentile_of_more_values_than_torch_quantile_takes():
     x = torch.rand(1, (1 << 24) + 1000, generator=torch.Generator().manual_seed(0))
@@ -252,7 +274,7 @@ def test_memory_does_not_grow_with_batches(name):
     def held(observer):
         found = [v for v in vars(observer).values() if isinstance(v, (torch.Tensor, list))]
         tensors = [t for v in found for t in (v if isinstance(v, list) else [v])]
-        return sum(t.untyped_storage().nbytes() for t in tensors)
+        return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
 
     observer = OBSERVERS[name]()
     for i in range(64):
@@ -265,8 +287,18 @@ def test_mse_observer_gives_every_batch_the_same_weight():
     observer = OBSERVERS['mse'](bits=2)
     for i in range(100):
         observer.update(torch.rand(20000, generator=torch.Generator().manual_seed(i)) * 0.5 + i)
-    counts = torch.cat(observer._samples, dim=1)[0].int().bincount()
+    counts = observer._kept[0, : sum(observer._lengths)].int().bincount()
     assert len(counts) == 100 and counts.min() == counts.max() > 500
+
+
+def test_mse_observer_takes_batches_of_any_size_and_more_of_them_than_it_keeps():
+    observer = OBSERVERS['mse'](bits=4, samples=8)
+    for size in (3, 1, 20, 2, 1, 5, *[4] * 20):
+        observer.update(torch.linspace(-1, 1, size))
+        assert sum(observer._lengths) <= 8 == max(8, observer._kept.shape[1])
+    assert len(observer._lengths) == 8
+    lower, upper = observer.range()
+    assert -1 <= lower <= upper <= 1
 
 
 def test_mse_observer_sees_all_of_a_weight():

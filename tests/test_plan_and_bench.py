@@ -49,3 +49,21 @@ def test_bench_prints_ratios(file: str, capsys: Any, monkeypatch: Any) -> None:
     for method in ('odm', 'lsq'):
         ratio, memory = re.search(rf'\| {method} \| ([0-9.]+)x \| .* \| ([0-9.]+)x \|', out).groups()  # type: ignore[union-attr]
         assert float(ratio) > 0 and float(memory) > 0
+
+
+@pytest.mark.slow
+def test_bench_of_a_calibration(file: str, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv('PYTHONPATH', str(Path(compat.__file__).parents[2]))
+    flags = ['--methods', 'minmax', 'percentile', '--pairs', '1', '--calibration', '2', '--patch', '32']
+    assert main(['bench', '-opt', file, *flags]) == 0
+    out = capsys.readouterr().out
+    assert 'calibration with 2 images of 1x3x32x32 on cpu' in out
+    for method in ('minmax', 'percentile'):
+        ratio = re.search(rf'\| {method} \| ([0-9.]+)x \| .* \| \+[0-9]+ MiB \|', out).group(1)  # type: ignore[union-attr]
+        assert float(ratio) > 0
+
+
+@pytest.mark.parametrize('count', ['0', '-3'])
+def test_bench_needs_an_image(count: str, file: str, capsys: Any) -> None:
+    assert main(['bench', '-opt', file, '--methods', 'minmax', '--calibration', count]) == 2
+    assert f'--calibration {count}: a whole number of at least 1 is needed' in capsys.readouterr().err

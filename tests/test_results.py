@@ -56,7 +56,9 @@ def read(folder: os.PathLike[str]) -> dict:
 def test_metrics_json_is_the_contract(writer, some_cost, tmp_path):
     writer.write(tmp_path)
     found = read(tmp_path)
-    assert list(found) == ['name', 'method', 'w_bits', 'a_bits', 'checkpoint', 'datasets', 'cost', 'plan', 'versions']
+    assert list(found) == [
+        'name', 'method', 'w_bits', 'a_bits', 'checkpoint', 'datasets', 'calibration', 'cost', 'plan', 'versions'
+    ]  # fmt: skip
     assert [found[key] for key in list(found)[:5]] == ['EDSR_x2', 'odm', 4, 4, 'net_g_latest.pth']
     fab, fab_mac = 3.0, pytest.approx((81 * 4 + 243 * 2) / (81 + 243))
     baby = {'psnr': 38.0, 'ssim': 0.96, 'fab': fab, 'fab_mac': fab_mac, 'seconds': 0.5, 'extra': {'niqe': 4.0}}
@@ -206,3 +208,20 @@ def test_cells(value, text):
 def test_tables_without_rows():
     assert tables.plain(['a', 'bc'], []).splitlines() == ['a  bc', '-  --']
     assert tables.markdown(['a|b'], [['c|d']]).splitlines()[2] == '| c\\|d |'
+
+
+@pytest.mark.parametrize(('calibration', 'lines'), [
+    (None, []),
+    ({'images': 4, 'choices': None, 'seconds': None}, ['Calibrated on 4 images.']),
+    ({'images': 0, 'choices': {}, 'seconds': {'setting ranges': 0.25}},
+     ['Calibrated without images in 0.2 s: setting ranges 0.2 s.']),
+    ({'images': 9, 'choices': {'table': 'optimal', 'errors': {'a': 1.0}}, 'seconds': {'observing': 1, 'setting': 0.5}},
+     ['Calibrated on 9 images in 1.5 s: observing 1.0 s, setting 0.5 s.', '- table: optimal']),
+])  # fmt: skip
+def test_how_it_was_calibrated(calibration, lines, tmp_path):
+    writer = ResultWriter(name='x', method='mse', calibration=calibration)
+    writer.add_image('Set5', 'baby', psnr=30.0, ssim=0.9)
+    writer.write(tmp_path)
+    assert json.loads((tmp_path / 'metrics.json').read_text())['calibration'] == calibration
+    page = (tmp_path / 'metrics.md').read_text().splitlines()
+    assert [line for line in page if line.startswith(('Calibrated', '- '))] == lines

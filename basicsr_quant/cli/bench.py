@@ -11,7 +11,7 @@ from .. import option_file
 from ..errors import QuantError
 
 name = 'bench'
-help = 'time and memory of the training step, quantized over plain, as ratios in one run'
+help = 'time and memory of the training step, or of a calibration, over the plain network, as ratios in one run'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch', type=int, help='batch size instead of the file\'s')
     parser.add_argument('--patch', type=int, help='side of the LQ patch instead of the file\'s gt_size / scale')
     parser.add_argument('--threads', type=int, help='threads of torch (default: torch\'s own choice)')
+    parser.add_argument('--calibration', type=int, metavar='N', help='not the training step: a calibration with N '
+                        'random images of side --patch (default 96) over plain forward passes on them')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
 
 
@@ -37,6 +39,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.calibration is not None:
+        _calibration(raw, args)
+        return
     net, batch = _network(raw), _batch(raw, args)
     methods = args.methods or [(raw.get('quant') or {}).get('method')]
     if args.memory_of is not None:
@@ -63,6 +68,34 @@ def run(args: argparse.Namespace) -> None:
           f'batch {shape}, {args.pairs} pairs in turn; plain step {found.plain_seconds:.3f} s, '
           f'+{plain_bytes / 2**20:.0f} MiB')  # fmt: skip
     print(markdown(['method', 'step time (median)', 'least-greatest pair', 'peak memory'], rows))
+
+
+def _calibration(raw: dict[str, Any], args: argparse.Namespace) -> None:
+    import torch
+
+    from ..report.calibration_time import RandomImages, compare_calibration, peak_memory
+    from ..report.tables import markdown
+
+    if args.calibration < 1:
+        raise QuantError(f'--calibration {args.calibration}: a whole number of at least 1 is needed')
+    net = _network(raw)
+    channels = raw['network_g'].get('num_in_ch', 3)
+    images = RandomImages(args.calibration, (args.batch or 1, channels, args.patch or 96, args.patch or 96))
+    methods = args.methods or [(raw.get('quant') or {}).get('method')]
+    if args.memory_of is not None:
+        print(peak_memory(net, _plan(raw, net, args.memory_of), images))
+        return
+    rows = []
+    for method in methods:
+        found = compare_calibration(net, _plan(raw, net, method), images, args.pairs)
+        grown = _memory(args, str(method))
+        rows.append([
+            str(method), f'{found.ratio:.2f}x', f'{found.low:.2f}-{found.high:.2f}', f'+{grown / 2**20:.0f} MiB',
+        ])  # fmt: skip
+    shape, device = 'x'.join(map(str, images.shape)), next(net.parameters()).device.type
+    print(f'basicsr bench -opt {args.opt}: calibration with {len(images)} images of {shape} on {device}, '
+          f'{torch.get_num_threads()} threads, {args.pairs} pairs in turn; plain passes {found.plain_seconds:.2f} s')
+    print(markdown(['method', 'time (median)', 'least-greatest pair', 'peak memory'], rows))
 
 
 def _network(raw: dict[str, Any]) -> Any:
@@ -107,7 +140,7 @@ def _memory(args: argparse.Namespace, of: str) -> int:
     import subprocess
 
     command = [sys.executable, '-m', 'basicsr_quant', 'bench', '-opt', args.opt, '--memory-of', of]
-    for flag in ('batch', 'patch', 'threads'):
+    for flag in ('batch', 'patch', 'threads', 'calibration'):
         if getattr(args, flag):
             command += [f'--{flag}', str(getattr(args, flag))]
     # glibc keeps freed blocks of a few MiB in its heap; mapped one by one they count only while tensors live in them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from ..config import CalibrationConfig
 from ..errors import QuantError
 from ..random_state import preserved, seeded
+from .png_header import png_header
+
+logger = logging.getLogger('basicsr')
 
 _IMAGES = 100
 _WHOLE_IMAGES = ('PairedImageDataset', 'SingleImageDataset')
@@ -55,7 +59,9 @@ def dataset_options(config: CalibrationConfig, train: Mapping[str, Any] | None, 
 class CalibrationImages:
     """LQ images (1, C, h, w) in the network's pixel range, centre crops of at most ``patch_size`` pixels a side.
 
-    Its length is the number of images; each pass over it reads the same ones again, and holds one at a time.
+    Its length is the number of images; each pass over it reads the same ones again, and holds one at a time. Images
+    are read as the host reads every image: 16-bit files at their upper 8 bits, grayscale as three equal channels. An
+    image smaller than ``patch_size`` is taken whole. The log says once where that was so.
 
     Args:
         config: Number of images and crop.
@@ -64,7 +70,7 @@ class CalibrationImages:
         seed: What data sets that draw at random draw from.
 
     Raises:
-        QuantError: if the data set is empty or has fewer images than asked for.
+        QuantError: if the data set is empty or has fewer images than asked for; later, if an image cannot be read.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class CalibrationImages:
             self._dataset = build_dataset(options)
         self._count = number_of_images(config, len(self._dataset), options)
         self._patch, self._options, self._to_lq, self._seed = config.patch_size, options, to_lq, seed
+        self._paths: list[Any] = list(getattr(self._dataset, 'paths', ()))
+        self._told = False
 
     def __len__(self) -> int:
         return self._count
@@ -83,13 +91,45 @@ class CalibrationImages:
             loader = build_dataloader(
                 self._dataset, self._options, num_gpu=0, dist=False, sampler=None, seed=self._seed
             )
-        batches = iter(())
+        batches, smaller = iter(()), 0
         for index in range(self._count):
             with seeded(self._seed, index):
                 if index == 0:
                     batches = iter(loader)
-                lq = self._to_lq(next(batches))
+                lq = self._to_lq(self._read(batches, index))
+            smaller += min(lq.shape[-2:]) < self._patch
             yield centre_crop(lq, self._patch)
+        if not self._told:
+            self._tell(smaller)
+
+    def _read(self, batches: Iterator[Any], index: int) -> Any:
+        try:
+            return next(batches)
+        except (AttributeError, OSError, ValueError) as error:  # the host gives what it could not decode on as None
+            path = self._path(index)
+            raise QuantError(
+                f'quant.calibration.dataset: image {path or index + 1} cannot be read ({type(error).__name__}); it is '
+                'damaged or no image'
+            ) from error
+
+    def _path(self, index: int) -> str | None:
+        if self._options['phase'] == 'train' or index >= len(self._paths):  # in random order
+            return None
+        path = self._paths[index]
+        return str(path['lq_path'] if isinstance(path, Mapping) else path)
+
+    def _tell(self, smaller: int) -> None:
+        self._told = True
+        headers = [png_header(path) for path in map(self._path, range(self._count)) if path is not None]
+        deep = sum(header is not None and header.bits == 16 for header in headers)
+        gray = sum(header is not None and header.is_gray for header in headers)
+        for count, words in (
+            (smaller, f'are smaller than quant.calibration.patch_size {self._patch} and were taken whole'),
+            (deep, 'are 16-bit PNG and were read at their upper 8 bits, as BasicSR reads every image'),
+            (gray, 'are grayscale and were read as three equal channels, as BasicSR reads every image'),
+        ):
+            if count:
+                logger.info('Calibration: %d of %d images %s.', count, self._count, words)
 
 
 def number_of_images(config: CalibrationConfig, there: int, options: Mapping[str, Any]) -> int:

@@ -2,16 +2,19 @@
 
 from . import auto, cfqp, daq, lsq, none, observed, odm, pams
 from .base import METHODS, Method, Training, method_of, quantize, settings_of
+from .calibrate import calibrate, needs_images
 
 __all__ = [
     'METHODS',
     'Method',
     'Training',
     'auto',
+    'calibrate',
     'cfqp',
     'daq',
     'lsq',
     'method_of',
+    'needs_images',
     'none',
     'observed',
     'odm',

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..network.calibration import Observations, observe
+from ..network.folding import fold_batch_norms
 from ..network.plan import LayerPlan, Plan
 from ..network.stages import Stages
 from ..network.surgery import apply_plan, quant_layers, quantizers
@@ -160,7 +161,9 @@ class Method:
         quantizer.set_range(*observer.range())
 
     def _observer(self, quantizer: Quantizer, symmetric: bool = False, per_channel: bool = False) -> Observer:
-        init = self.options.init
+        return self._observer_of(self.options.init, quantizer, symmetric, per_channel)
+
+    def _observer_of(self, init: str, quantizer: Quantizer, symmetric: bool, per_channel: bool) -> Observer:
         kwargs: dict[str, Any] = {'per_channel': per_channel}
         if init == 'percentile':
             kwargs['percent'] = self.options.percentile
@@ -249,9 +252,13 @@ def method_of(plan: Plan) -> Method:
 
 
 def quantize(net: nn.Module, plan: Plan) -> nn.Module:
-    """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``."""
+    """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``.
+
+    BatchNorms that the plan folds are gone afterwards, see :mod:`basicsr_quant.network.folding`.
+    """
     method = method_of(plan)
     method.check(plan)
+    fold_batch_norms(net, plan.settings.get('folded', {}))
     net = apply_plan(net, plan, method.make_input, method.make_weight)
     method.complete(net, plan)
     return net

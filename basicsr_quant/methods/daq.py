@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..network.calibration import Observations, evaluating, observe
+from ..network.calibration import Observations, observe, output_error
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
 from ..network.stages import Stages
 from ..network.surgery import quant_layers
@@ -173,13 +173,3 @@ def _observe_outputs(net: nn.Module, images: Iterable[Tensor]) -> tuple[Observat
     finally:
         handle.remove()
     return seen, outputs
-
-
-def output_error(net: nn.Module, images: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
-    """Mean squared difference between the network's outputs and ``targets``, over all values of all images."""
-    total, count = 0.0, 0
-    with evaluating(net), torch.no_grad():
-        for image, target in zip(images, targets):
-            total += float((net(image) - target).double().square().sum())
-            count += target.numel()
-    return total / count

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Optional
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..network.plan import LayerPlan
 from ..quantizers import LearnedRange, Quantizer, SymmetricRange
 from ..schema import option
 from .base import METHODS, Method, RangeOptions
+
+_OBSERVERS = ('minmax', 'percentile', 'mse')
 
 
 @dataclass(frozen=True)
@@ -17,27 +20,35 @@ class MinMaxOptions(RangeOptions):
     """``ema`` takes a moving average of the batches' extremes (decay 0.9, AdaBM) instead of the extremes of all.
 
     Args:
+        w_init: Another observer for the weights, for example ``mse`` (OMSE) beside min-max activations; left out, they
+            are observed as the activations are.
         learn: Train the ranges too (``basicsr train``); by default they stay as calibrated and only the network's
             weights adapt to them.
     """
 
     init: str = option('minmax', choices=('minmax', 'ema_minmax'))
+    w_init: Optional[str] = option(None, choices=_OBSERVERS)  # noqa: UP045 (read at run time, Python 3.9)
     learn: bool = option(False)
 
 
 @dataclass(frozen=True)
 class PercentileOptions(RangeOptions):
-    """The (100 - p)-th and p-th percentile, averaged over batches. ``learn`` as in :class:`MinMaxOptions`."""
+    """The (100 - p)-th and p-th percentile, averaged over batches.
+
+    ``w_init`` and ``learn`` as in :class:`MinMaxOptions`.
+    """
 
     init: str = option('percentile', choices=('percentile',))
+    w_init: Optional[str] = option(None, choices=_OBSERVERS)  # noqa: UP045 (read at run time, Python 3.9)
     learn: bool = option(False)
 
 
 @dataclass(frozen=True)
 class MSEOptions(RangeOptions):
-    """The range with the least squared reconstruction error. ``learn`` as in :class:`MinMaxOptions`."""
+    """The range with the least squared reconstruction error. ``w_init`` and ``learn`` as in :class:`MinMaxOptions`."""
 
     init: str = option('mse', choices=('mse',))
+    w_init: Optional[str] = option(None, choices=_OBSERVERS)  # noqa: UP045 (read at run time, Python 3.9)
     learn: bool = option(False)
 
 
@@ -58,6 +69,12 @@ class ObservedRanges(Method):
         # With two bits a narrow range has three levels only; the papers' mid-rise grid keeps all four.
         narrow = self.zero_point == 'integer'
         return SymmetricRange(layer.w_bits, self.range_shape(module), learn=self.options.learn, narrow_range=narrow)
+
+    def start_weight(self, quantizer: Any, weight: Tensor) -> None:
+        init = self.options.w_init or self.options.init
+        observer = self._observer_of(init, quantizer, symmetric=True, per_channel=self.per_channel)
+        observer.update(weight)
+        quantizer.set_range(*observer.range())
 
 
 @METHODS.register('minmax')

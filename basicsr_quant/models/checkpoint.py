@@ -13,6 +13,7 @@ from ..compat.files import atomic_save
 from ..errors import QuantError
 from ..methods import METHODS
 from ..network.clamps import FinalClamp
+from ..network.folding import fold_state, folds_of
 from ..network.plan import Plan
 from ..network.surgery import quantizers
 from . import conventions
@@ -104,7 +105,8 @@ def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool 
     """Load one state dict of ``file`` into ``net``, which may be quantized.
 
     An FP32 file may lack quantizer tensors and counts of batches, which only training reads, and nothing else; it may
-    have the names of another project, see :mod:`.conventions`. A quantized file loads whole.
+    have the names of another project, see :mod:`.conventions`, and BatchNorms that the network has folded are folded as
+    they are read. A quantized file loads whole.
 
     Returns:
         Whose names the file has; None where they are the network's own.
@@ -116,6 +118,7 @@ def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool 
     named = None
     if file.plan is None:
         state, named = conventions.adapt(net, state, file.path)
+        state = fold_state(state, folds_of(net))
     own = net.state_dict()
     ranges = tuple(f'{name}.' for name in quantizers(net))
     missing = [k for k in own if k not in state]
@@ -162,6 +165,12 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
     if theirs.settings.get('output') != plan.settings.get('output'):
         raise QuantError(
             f'{file.path} was made with {_output(theirs)}, the option file and this network give {_output(plan)}'
+        )
+    theirs_folded, folded = (p.settings.get('folded', {}) for p in (theirs, plan))
+    if theirs_folded != folded:
+        raise QuantError(
+            f'{file.path} was made with {len(theirs_folded)} BatchNorm layers folded, the option file folds '
+            f'{len(folded)}; set quant.fold_bn: {"true" if theirs_folded else "false"}'
         )
     ours = {layer.layer: layer for layer in plan.quantized}
     for layer in theirs.quantized:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..archs.spandrel_arch import Spandrel, own_names
 from ..errors import QuantError
+from ..network.folding import unfolded_names
 from .convention_tables import CONVENTIONS, Convention
 
 
@@ -35,7 +36,7 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
         QuantError: for a file that follows a convention in part, listing what did not map; for one whose mean shifts
             differ from the network's; for one that is known to be of another network.
     """
-    own = set(net.state_dict())
+    own = unfolded_names(net)
     if not set(state) - own:
         return dict(state), None
     if isinstance(net, Spandrel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ class Evaluation:
     Args:
         run: What the seam prepared.
         opt: The host's options.
+        calibration: What the result files say of the calibration.
     """
 
-    def __init__(self, run: dict[str, Any], opt: dict[str, Any]) -> None:
+    def __init__(self, run: dict[str, Any], opt: dict[str, Any], calibration: Mapping[str, Any] | None) -> None:
         self.scale = int(opt.get('scale', 1))
         self.opt = opt
         self.run = run
@@ -40,6 +42,7 @@ class Evaluation:
             a_bits=run['a_bits'],
             checkpoint=run['checkpoint'],
             plan=run['plan'],
+            calibration=calibration,
         )
 
     def begin_dataset(self, dataloader: Any) -> None:

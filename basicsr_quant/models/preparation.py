@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
@@ -13,7 +14,7 @@ from ..config import CalibrationConfig, QuantConfig, read_config
 from ..data.calibration import dataset_options, number_of_images
 from ..data.check import check_dataset
 from ..errors import QuantError
-from ..methods import method_of
+from ..methods import needs_images
 from ..network.plan import Plan
 from ..network.trace import trace
 from ..random_state import preserved
@@ -52,7 +53,7 @@ def prepare(
     _check_model(raw['model_type'], config, is_train)
     net = build_float(raw['network_g'])
     traced = trace(net)
-    plan = config.plan(net, traced)
+    plan = config.plan(net, traced, training=is_train)
     name = f'debug_{raw["name"]}' if debug and not raw['name'].startswith('debug') else raw['name']
     experiment = os.path.join(root, 'experiments', name)
     path, key, note = _choose_checkpoint(raw, command, experiment, plan, is_train, asked.get('checkpoint'))
@@ -60,6 +61,8 @@ def prepare(
         file = None
         if path is not None:
             file = checkpoint.read_network_file(path)
+            if file.plan is not None and config.fold_bn is None:
+                plan = _folded_as(file.plan, plan)
             _check_file(file, key, net, plan, strict=raw['path'].get('strict_load_g', True))
         _check_calibration(raw, config, file, plan, path, is_train)
     return {
@@ -151,6 +154,14 @@ def _choose_checkpoint(
     return given, key, 'path.pretrain_network_g'
 
 
+def _folded_as(theirs: Plan, plan: Plan) -> Plan:
+    """The plan with BatchNorms folded as in a quantized file, where the option file leaves it open."""
+    settings = {k: v for k, v in plan.settings.items() if k != 'folded'}
+    if theirs.settings.get('folded'):
+        settings['folded'] = theirs.settings['folded']
+    return replace(plan, settings=settings)
+
+
 def _averaged(path: str, raw: Mapping[str, Any]) -> str:
     """The entry of an experiment's file: the averaged weights where training kept them, as its validation used."""
     if 'param_key_g' in raw['path']:
@@ -176,7 +187,7 @@ def _check_calibration(
     path: str | None,
     is_train: bool,
 ) -> None:
-    if not plan.quantized or (file is not None and file.plan is not None) or not method_of(plan).needs_images:
+    if (file is not None and file.plan is not None) or not needs_images(plan):
         return
     if config.calibration is None and not is_train:
         raise QuantError(

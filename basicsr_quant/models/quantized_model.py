@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from ..config import CalibrationConfig
 from ..data.calibration import CalibrationImages, dataset_options
-from ..methods import method_of
+from ..methods import calibrate, method_of, needs_images
 from ..methods.base import Training
+from ..network.plan import Plan
 from ..network.stages import Stages
 from ..network.surgery import plan_in_force, quantizers
 from . import checkpoint
@@ -49,6 +50,7 @@ class QuantizedModelMixin:
         self._run = opt['quant_run']
         self._method = method_of(self._run['plan'])
         self._calibration: dict[str, Any] = {}
+        self._stages = Stages(functools.partial(tqdm, unit='step', leave=False, disable=None))
         self._training: Training | None = None
         self._evaluation: Evaluation | None = None
         self._wrap = False
@@ -64,7 +66,7 @@ class QuantizedModelMixin:
         if opt['is_train']:
             self._begin_training()
         else:
-            self._evaluation = Evaluation(self._run, opt)
+            self._evaluation = Evaluation(self._run, opt, self._calibration_results())
             if self._run['command'] == 'calibrate':
                 self.save_network([self.net_g], 'net_g', 'calibrated', ['params'])
 
@@ -82,7 +84,7 @@ class QuantizedModelMixin:
         self._wrap = True
         self.net_g = self.model_to_device(net)
         if hasattr(self, 'net_g_ema') and not self._loaded_quantized():
-            _copy_quantizers(net, self.net_g_ema)
+            _copy_calibrated(net, self.net_g_ema, self._run['plan'])
         scale = self._run['feature_scale'] or self._calibration.get('feature_scale', 1.0)
         self._training = self._method.attach(net, self.optimizer_g, scale)  # type: ignore[attr-defined]
 
@@ -103,15 +105,14 @@ class QuantizedModelMixin:
             return
         config = self._run['calibration'] or CalibrationConfig()
         train = self.opt['datasets'].get('train') if self.opt['is_train'] else None
-        looks = self._method.needs_images
+        looks = needs_images(self._run['plan'])
         options = dataset_options(config, train, self.opt.get('scale', 1)) if looks else {}
         start = time.time()
         net = self._bare()
         _same_on_all_ranks(net.state_dict())  # without a checkpoint each rank has drawn its own weights
         before = set(vars(self))
         images = CalibrationImages(config, options, self._to_lq, self.opt['manual_seed']) if looks else ()
-        stages = Stages(functools.partial(tqdm, unit='step', leave=False, disable=None))
-        seen = self._method.calibrate(net, images, stages)
+        seen = calibrate(net, self._run['plan'], images, self._stages)
         for name in set(vars(self)) - before:  # what feed_data left behind
             delattr(self, name)
         scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=self.device)  # type: ignore[attr-defined]
@@ -125,8 +126,14 @@ class QuantizedModelMixin:
             'Calibrated %d quantizers (method %s) %s in %.1f s%s.',
             len(quantizers(net)), self._run['plan'].method, source, time.time() - start, scale_found,
         )  # fmt: skip
-        times = ', '.join(f'{name} {seconds:.1f} s' for name, seconds in stages.seconds.items())
+        times = ', '.join(f'{name} {seconds:.1f} s' for name, seconds in self._stages.seconds.items())
         logger.info('Stages: %s.', times or 'none')
+
+    def _calibration_results(self) -> dict[str, Any] | None:
+        if not self._calibration:
+            return None
+        known = {key: self._calibration.get(key) for key in ('images', 'feature_scale', 'choices')}
+        return {**known, 'seconds': self._stages.seconds or None}
 
     def _to_lq(self, data: Any) -> Tensor:
         self.feed_data(data)
@@ -205,8 +212,12 @@ def _is_quantized(net: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _copy_quantizers(source: nn.Module, target: nn.Module) -> None:
+def _copy_calibrated(source: nn.Module, target: nn.Module, plan: Plan) -> None:
+    """Give the averaged copy what calibration set: the quantizers, and all of it where weights or biases changed."""
     state = source.state_dict()
+    if plan.settings.get('equalized') or plan.settings.get('bias_correction'):
+        target.load_state_dict(state)
+        return
     prefixes = tuple(f'{name}.' for name in quantizers(source))
     own = {k: v for k, v in state.items() if k.startswith(prefixes)}
     target.load_state_dict(own, strict=False)

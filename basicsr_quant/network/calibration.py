@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import QuantError
 from ..quantizers import Observer, Quantizer
 from .surgery import floating_point, quant_layers
+
+logger = logging.getLogger('basicsr')
 
 REFERENCE_STD = 4.85
 """Median standard deviation of the body's inputs in an EDSR whose features live in 0-255: the unit of feature scale.
@@ -56,9 +61,12 @@ def observe(
         batches: Inputs of shape (N, C, H, W), in the network's own pixel range; taken one after another.
         make_observer: Builds the observer of a layer, given the layer's name and its input quantizer.
         also: Called with name and input of each layer, for statistics that a method adds.
+
+    Raises:
+        QuantError: if an input holds values that are not finite, naming the layer.
     """
     seen = Observations()
-    totals: dict[str, list[float]] = {}
+    totals: dict[str, list[tuple[float, float]]] = {}
     handles = []
     for name, layer in quant_layers(net).items():
         if not isinstance(layer.input_quantizer, Quantizer):
@@ -67,8 +75,8 @@ def observe(
         seen.observers[name] = observer
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name, observer: Observer = observer) -> None:
+            totals.setdefault(name, []).append(_moments(name, inputs[0]))
             observer.update(inputs[0])
-            totals.setdefault(name, []).append(float(inputs[0].float().std(unbiased=False)))
             if also is not None:
                 also(name, inputs[0])
 
@@ -82,9 +90,31 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-    seen.stds = {name: sum(values) / len(values) for name, values in totals.items()}
+    seen.stds = {name: sum(std for _, std in values) / len(values) for name, values in totals.items()}
     seen.feature_scale = feature_scale(list(seen.stds.values()))
+    constant = [name for name, std in seen.stds.items() if std == 0 and len({mean for mean, _ in totals[name]}) == 1]
+    if constant:
+        logger.warning(
+            'The inputs of %d layers have the same value everywhere on the calibration images; what they hold else is '
+            'rounded to it: %s.', len(constant), constant,
+        )  # fmt: skip
     return seen
+
+
+def _moments(name: str, x: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of a layer's input; the latter 0 exactly where all values are equal."""
+    x = x.float()
+    mean = x.mean()
+    std = float(torch.linalg.vector_norm(x - mean)) / x.numel() ** 0.5  # a third of the time of x.std()
+    if not math.isfinite(std) and not x.isfinite().all():
+        raise QuantError(
+            f"the FP32 network gives values that are not finite: the input of layer '{name}' holds "
+            f'{int(x.isnan().sum())} NaN and {int(x.isinf().sum())} infinite values on a calibration image'
+        )
+    if std <= 1e-5 * abs(float(mean)):  # the mean itself is rounded
+        low, high = x.aminmax()
+        std = 0.0 if low == high else std
+    return float(mean), std
 
 
 @contextmanager
@@ -97,6 +127,16 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def output_error(net: nn.Module, images: Iterable[Tensor], targets: Iterable[Tensor]) -> float:
+    """Mean squared difference between the network's outputs and ``targets``, over all values of all images."""
+    total, count = 0.0, 0
+    with evaluating(net), torch.no_grad():
+        for image, target in zip(images, targets):
+            total += float((net(image) - target).double().square().sum())
+            count += target.numel()
+    return total / count
 
 
 def feature_scale(stds: list[float]) -> float:

@@ -115,35 +115,41 @@ class NonNegativeTensors:
         self._storages: dict[StorageWeakRef, bool] = {}
 
     def __contains__(self, tensor: Tensor) -> bool:
-        key = _storage(tensor)
+        key = storage_of(tensor)
         return key is not None and self._storages.get(key, False)
 
     def observe(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """Take note of one operator that has run. Call it once per operator, in the order of execution."""
         result = is_nonnegative(func, args, kwargs, self.__contains__)
-        given = _by_name(func, args, kwargs)
-        for argument in func._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in _tensors(given.get(argument.name)):
-                    self._write(tensor, result)
-        sources = {_storage(tensor) for tensor in _tensors((args, kwargs))}
-        for tensor in _tensors(out):
-            key = _storage(tensor)
+        for tensor in written_by(func, args, kwargs):
+            self._write(tensor, result)
+        sources = {storage_of(tensor) for tensor in tensors_in((args, kwargs))}
+        for tensor in tensors_in(out):
+            key = storage_of(tensor)
             if key is not None and key not in sources:  # a view keeps what is known of its base
                 self._storages[key] = result
 
     def _write(self, tensor: Tensor, result: bool) -> None:
-        key = _storage(tensor)
+        key = storage_of(tensor)
         if key is not None:
             whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
             self._storages[key] = result if whole else result and self._storages.get(key, False)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def written_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operator writes into."""
+    given = _by_name(func, args, kwargs)
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [tensor for name in names for tensor in tensors_in(given.get(name))]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _storage(tensor: Tensor) -> StorageWeakRef | None:
+def storage_of(tensor: Tensor) -> StorageWeakRef | None:
+    """What holds a tensor's values, the same for its views; None where there is no such thing."""
     try:
         return StorageWeakRef(tensor.untyped_storage())
     except (RuntimeError, NotImplementedError):  # sparse and opaque tensors have none

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop
 
 from ..nn import operands_of
 from ..quantizers.quantizer import Quantizer
+from .dataflow import Call, DataFlow
 from .nonnegative import MOVES, NonNegativeTensors, names, operator_name
 from .scope import WEIGHT_LAYERS
 
@@ -53,11 +54,15 @@ class CallRecord:
 
 @dataclass
 class _Frame:
-    """A module whose forward is running. ``ignored``: quantizers and all else that runs inside a weight layer."""
+    """A module whose forward is running. ``ignored``: quantizers and all else that runs inside a weight layer.
+
+    ``call``: of the innermost module without children, or weight layer, that is running.
+    """
 
     module: nn.Module
     name: str
     ignored: bool = False
+    call: Call | None = None
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Recording:
 
     records: dict[str, CallRecord] = field(default_factory=dict)
     not_counted: dict[str, None] = field(default_factory=dict)
+    flow: DataFlow = field(default_factory=DataFlow)
     output: Any = None
 
 
@@ -84,7 +90,10 @@ class _Recorder(TorchDispatchMode):
         parent = self._stack[-1] if self._stack else None
         inside = parent is not None and (parent.ignored or isinstance(parent.module, WEIGHT_LAYERS))
         ignored = inside or isinstance(module, Quantizer)
-        frame = _Frame(module, self._names[module], ignored)
+        call = parent.call if parent is not None else None
+        if call is None and (isinstance(module, WEIGHT_LAYERS) or next(module.children(), None) is None):
+            call = self.recording.flow.call(self._names[module], module)
+        frame = _Frame(module, self._names[module], ignored, call)
         self._stack.append(frame)
         if not ignored:
             record = self.recording.records.setdefault(frame.name, CallRecord())
@@ -98,6 +107,7 @@ class _Recorder(TorchDispatchMode):
             pass  # a call below was left by an exception that the network caught
         if not self._stack:
             self.recording.output = output
+            self.recording.flow.end(output)
         record = self.recording.records.get(self._names[module])
         if record is not None and not record.output_shape:
             record.output_shape = _shape(first_tensor(output))
@@ -113,6 +123,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._nonnegative.observe(func, args, kwargs, out)
         frame = self._stack[-1] if self._stack else None
+        self.recording.flow.observe(frame.call if frame is not None else None, func, args, kwargs, out)
         if frame is None or frame.ignored:
             return out
         if formula is not None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .. import random_state
 from ..errors import QuantError
 from ..quantizers.quantizer import Quantizer
+from .dataflow import Step
 from .recorder import CallRecord, Recording, first_tensor, record
 from .scope import WEIGHT_LAYERS
 
@@ -43,6 +45,8 @@ class LayerTrace:
             whether it cannot be negative; empty where there are none, or where it runs other operators with MACs too.
         weight_numel, weight_bytes: Size of ``weight`` as it is stored; 0 where there is none, or where an earlier
             layer holds the same tensor.
+        chain: What follows a layer as long as each step alone reads what the one before it computes, up to the next
+            layer, see :meth:`.dataflow.DataFlow.chain`.
     """
 
     name: str
@@ -55,6 +59,7 @@ class LayerTrace:
     weight_numel: int = 0
     weight_bytes: int = 0
     operands: tuple[bool, ...] = ()
+    chain: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class NetworkTrace:
         functional: Modules with children whose own forward multiplies matrices (attention), in the same order.
         not_counted: Operators that do arithmetic on tensors of image size and that ``macs`` leaves out.
         unused: Names of convolutions and linear layers that the pass never called.
+        batch_norms: Names of the BatchNorm layers of any kind.
         input_shape, output_shape: Of the network, batch 1.
         parameter_bytes: All parameters as they are stored, without those of quantizers.
         range_bytes: Floating-point tensors of the quantizers in the network (ranges, units, gates).
@@ -76,6 +82,7 @@ class NetworkTrace:
     functional: tuple[LayerTrace, ...]
     not_counted: tuple[str, ...]
     unused: tuple[str, ...]
+    batch_norms: tuple[str, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     parameter_bytes: int
@@ -233,7 +240,8 @@ def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> Net
             weight = getattr(module, 'weight', None)
             fresh = isinstance(weight, Tensor) and id(weight) not in seen
             seen.add(id(weight))
-            layers.append(_layer(name, module, calls, weight if fresh else None))
+            chain = _up_to_next_layer(recording.flow.chain(name), modules)
+            layers.append(_layer(name, module, calls, weight if fresh else None, chain))
         elif calls.macs:
             functional.append(_layer(name, module, calls, None))
     quantizers = [module for module in modules.values() if isinstance(module, Quantizer)]
@@ -244,6 +252,7 @@ def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> Net
         functional=tuple(functional),
         not_counted=tuple(sorted(recording.not_counted)),
         unused=tuple(n for n, m in modules.items() if isinstance(m, WEIGHT_LAYERS) and n not in recording.records),
+        batch_norms=tuple(name for name, module in modules.items() if isinstance(module, _BatchNorm)),
         input_shape=shape,
         output_shape=() if output is None else tuple(output.shape),
         parameter_bytes=sum(_stored(parameter) for parameter in net.parameters() if id(parameter) not in ranges),
@@ -251,7 +260,18 @@ def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> Net
     )
 
 
-def _layer(name: str, module: nn.Module, calls: CallRecord, weight: Tensor | None) -> LayerTrace:
+def _up_to_next_layer(steps: Iterator[Step], modules: Mapping[str, nn.Module]) -> tuple[Step, ...]:
+    found = []
+    for step in steps:
+        found.append(step)
+        if isinstance(modules.get(step.name), WEIGHT_LAYERS):
+            break
+    return tuple(found)
+
+
+def _layer(
+    name: str, module: nn.Module, calls: CallRecord, weight: Tensor | None, chain: tuple[Step, ...] = ()
+) -> LayerTrace:
     return LayerTrace(
         name=name,
         type=type(module).__name__,
@@ -263,6 +283,7 @@ def _layer(name: str, module: nn.Module, calls: CallRecord, weight: Tensor | Non
         weight_numel=0 if weight is None else weight.numel(),
         weight_bytes=0 if weight is None else _stored(weight),
         operands=_operands(calls),
+        chain=chain,
     )
 
 

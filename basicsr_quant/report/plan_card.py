@@ -37,7 +37,8 @@ def plan_card(trace: NetworkTrace, plan: Plan, *, show_all: bool = False) -> str
     settings = [f'{key} {value}' for key, value in plan.settings.items() if value and not isinstance(value, dict)]
     heading = f'{", ".join(["method " + plan.method, *settings])}; MACs for an input of {_times(trace.input_shape[1:])}'
     floating = _floating([planned[name] for name in names])
-    return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *_output(plan), *floating])
+    changes = [*_changes(trace, plan), *_output(plan)]
+    return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *changes, *floating])
 
 
 def _alike(
@@ -96,6 +97,22 @@ def _output(plan: Plan) -> list[str]:
         return []
     clamps = [str(FinalClamp(**clamp)) for clamp in output['clamps']]
     return [f'taken out: {", ".join(clamps)}; the output is quantized instead, 8 bits']
+def _changes(trace: NetworkTrace, plan: Plan) -> list[str]:
+    """What happens to the network in floating point first: BatchNorms folded, ranges equalized."""
+    lines = []
+    folded, pairs = plan.settings.get('folded', {}), plan.settings.get('equalized')
+    if trace.batch_norms and plan.quantized:
+        others = [name for name in trace.batch_norms if name not in folded]
+        line = f'BatchNorm: {len(folded)} of {len(trace.batch_norms)} folded into the layers before them'
+        if folded and others:
+            line += f'; {", ".join(map(span, by_pattern(others)))} cannot be'
+        lines.append(line)
+    if pairs:
+        firsts = ', '.join(map(span, by_pattern(list(pairs))))
+        lines.append(f'equalized weight ranges: {len(pairs)} pairs of layers, {firsts} and the one behind each')
+    elif pairs is not None:
+        lines.append('equalized weight ranges: none; no two quantized layers have only ReLU-like steps between')
+    return lines
 
 
 def _floating(layers: Sequence[LayerPlan]) -> list[str]:

@@ -44,6 +44,8 @@ class ResultWriter:
         checkpoint: Path of the weights that were tested.
         plan: The plan in force.
         cost: What the network costs; may be set later. Where an image is given without ``fab``, the plan's holds.
+        calibration: ``images``, ``seconds`` by stage (None where an earlier run calibrated) and ``choices``; None for a
+            network that was not calibrated.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ResultWriter:
     cost: Cost | None = None
     datasets: dict[str, dict[str, ImageResult]] = field(default_factory=dict)
     extra: dict[str, dict[str, float]] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
 
     def add_image(
         self,
@@ -95,6 +98,7 @@ class ResultWriter:
             'a_bits': self.a_bits,
             'checkpoint': None if self.checkpoint is None else os.fspath(self.checkpoint),
             'datasets': datasets,
+            'calibration': self.calibration,
             'cost': None if self.cost is None else self.cost.to_plain(),
             'plan': [vars(layer) for layer in self.plan or ()],
             'versions': versions(),

@@ -23,6 +23,7 @@ def page(writer: ResultWriter, datasets: Mapping[str, dict[str, Any]]) -> str:
         'PSNR (dB) and SSIM on Y, output rounded to uint8, border of the scale left out; seconds in all.',
         tables.markdown(*_datasets(datasets)),
         *_missing(datasets),
+        *_calibration(writer.calibration),
     ]
     if writer.cost is not None:
         parts += _cost(writer.cost)
@@ -69,6 +70,18 @@ def _missing(datasets: Mapping[str, dict[str, Any]]) -> list[str]:
                 f"output's size, {lacking[0]} among them."
             )
     return lines
+
+
+def _calibration(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    line = f'Calibrated on {found["images"]} images' if found['images'] else 'Calibrated without images'
+    seconds = found['seconds']
+    if seconds:
+        stages = ', '.join(f'{stage} {value:.1f} s' for stage, value in seconds.items())
+        line += f' in {sum(seconds.values()):.1f} s: {stages}'
+    choices = {k: v for k, v in (found['choices'] or {}).items() if not isinstance(v, (Mapping, list))}
+    return [line + '.', *(['\n'.join(f'- {k}: {tables.cell(v)}' for k, v in choices.items())] if choices else [])]
 
 
 def _cost(cost: Cost) -> list[str]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,14 +73,19 @@ def compare_steps(net: nn.Module, plan: Plan, batch: Batch, pairs: int = 10, war
     times: tuple[list[float], list[float]] = ([], [])
     for index in range(warmup + pairs):
         for step, found in zip(steps, times):
-            _synchronize(batch[0])
+            synchronize(batch[0].device)
             start = time.perf_counter()
             step()
-            _synchronize(batch[0])
+            synchronize(batch[0].device)
             if index >= warmup:
                 found.append(time.perf_counter() - start)
-    ratios = [q / p for p, q in zip(*times)]
-    return StepTime(statistics.median(ratios), min(ratios), max(ratios), statistics.median(times[0]), pairs)
+    return ratios_of(*times)
+
+
+def ratios_of(plain: list[float], other: list[float]) -> StepTime:
+    """The ratios of pairs of times, in seconds."""
+    ratios = [q / p for p, q in zip(plain, other)]
+    return StepTime(statistics.median(ratios), min(ratios), max(ratios), statistics.median(plain), len(ratios))
 
 
 def peak_memory(net: nn.Module, plan: Plan | None, batch: Batch, steps: int = 3) -> int:
@@ -93,14 +97,15 @@ def peak_memory(net: nn.Module, plan: Plan | None, batch: Batch, steps: int = 3)
     cuda = batch[0].device.type == 'cuda'
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    before = 0 if cuda else _peak_resident()
+    before = 0 if cuda else peak_resident()
     step = make_step(net, plan, batch)
     for _ in range(steps):
         step()
-    return (torch.cuda.max_memory_allocated() if cuda else _peak_resident()) - before
+    return (torch.cuda.max_memory_allocated() if cuda else peak_resident()) - before
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
+    """Greatest resident size of this process so far, in bytes."""
     # getrusage's figure is no use in a child process: on Linux it starts at its parent's. VmHWM starts anew.
     try:
         lines = Path('/proc/self/status').read_text().splitlines()
@@ -109,6 +114,7 @@ def _peak_resident() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('VmHWM'))
 
 
-def _synchronize(x: Any) -> None:
-    if x.device.type == 'cuda':
-        torch.cuda.synchronize(x.device)
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has still to do."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
