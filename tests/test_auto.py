@@ -281,8 +281,24 @@ def test_a_budget_that_is_too_short_leaves_stages_out_and_says_which(monkeypatch
     clock = itertools.count(0, 0.2)
     monkeypatch.setattr('basicsr_quant.methods.auto.time.perf_counter', lambda: next(clock))
     _, _, seen = auto(4, budget=1.0)
-    assert set(seen.choices['left_out']) == {'images', 'bits of each layer', 'rounding 1'}
+    assert set(seen.choices['left_out']) == {
+        'images', 'wider ranges', 'widest ranges', 'bits of each layer', 'rounding 1'
+    }  # fmt: skip
     assert list(seen.choices['output_mse']) == ['ranges']
+
+
+def test_ranges_may_go_to_the_extremes(monkeypatch):
+    net, _, seen = auto(8, mixed_bits=False, compensate=False)
+    errors = seen.choices['output_mse']
+    assert list(errors) == ['ranges', 'wider ranges', 'widest ranges']
+    torch.testing.assert_close(min(errors.values()), output_error(net, BATCHES[:8]))
+    monkeypatch.setattr('basicsr_quant.methods.auto._WIDENINGS', {'ranges': 1.0})
+    net, _, _ = auto(8, mixed_bits=False, compensate=False)
+    with torch.no_grad():
+        x = Net().first(torch.cat(BATCHES))
+    found = net.layers[0].input_quantizer.bounds(x)
+    wanted = [f(x).reshape(1, 8, 1, 1) for f in (lambda x: x.amin((0, 2, 3)), lambda x: x.amax((0, 2, 3)))]
+    torch.testing.assert_close([b.detach() for b in found], wanted)
 
 
 def test_a_few_images_serve_for_everything():

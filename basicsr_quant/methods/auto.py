@@ -33,7 +33,8 @@ _MOMENT_IMAGES = 32
 _WEIGHED = 4
 _LEAST_GAIN = 0.99
 
-RANGES, BITS = 'ranges', 'bits of each layer'
+BITS = 'bits of each layer'
+_WIDENINGS = {'ranges': 0.0, 'wider ranges': 0.5, 'widest ranges': 1.0}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class AutoOptions:
 class Auto(Method):
     """Static quantization by closed forms, each stage kept only if the network's output comes nearer to FP32.
 
-    1. Ranges of activations and weights by least squared error, for each input and output channel.
+    1. Ranges of activations and weights by least squared error, for each input and output channel; those of
+       activations half or all the way to the extremes where that serves the output better (at 8 bits).
     2. Bits of each layer's input, one fewer or one more, by what they do to the output's error where nothing else is
        quantized (quantization noise is small and adds up), then
        :func:`~basicsr_quant.network.bit_allocation.allocate_bits`. Weights keep ``w_bits``.
@@ -85,6 +87,7 @@ class Auto(Method):
     default_zero_point = 'integer'
     default_w_granularity = 'channel'
     chooses_bits = True
+    changes_weights = True
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         return LearnedRange(layer.a_bits, self._input_shape(module), zero_point=self.zero_point)
@@ -106,7 +109,7 @@ class Auto(Method):
         per_channel = self.options.a_granularity == 'channel'
         shape = getattr(quantizer, 'unit').shape  # noqa: B009 (a buffer)
         samples = max(256, _SAMPLES // shape.numel()) if per_channel else _SAMPLES
-        observer = MSEObserver(per_channel, quantizer.num_bits, zero_point=self.zero_point, samples=samples)
+        observer = _InputObserver(per_channel, quantizer.num_bits, zero_point=self.zero_point, samples=samples)
         if per_channel:
             observer.channel_dim = -1 if len(shape) == 1 else 1
         return observer
@@ -127,6 +130,26 @@ class Auto(Method):
         return seen
 
 
+class _InputObserver(MSEObserver):
+    """Values for the search of ranges, and the extremes of all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._bounds: tuple[Tensor, Tensor] | None = None
+
+    def update(self, x: Tensor) -> None:
+        super().update(x)
+        lower, upper = self._extremes(x)
+        if self._bounds is not None:
+            lower, upper = torch.minimum(lower, self._bounds[0]), torch.maximum(upper, self._bounds[1])
+        self._bounds = lower, upper
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper, of the shape of :meth:`range`."""
+        assert self._bounds is not None, 'extremes() before update()'
+        return self._shaped(*self._bounds)
+
+
 class _Search:
     """One calibration by :class:`Auto`: the clock, what was tried and what came of it."""
 
@@ -139,6 +162,8 @@ class _Search:
         self.forward_seconds = 0.0
         self.round_seconds = 0.0
         self.rounded: list[str] = []
+        self.widening = 0.0
+        self.found: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.layers = quant_layers(net)
         self.names: list[str] = []
         self.original = {
@@ -192,15 +217,35 @@ class _Search:
             start = time.perf_counter()
             self.judged = [(image, self.net(image)) for image in images]
             self.forward_seconds = (time.perf_counter() - start) / max(1, len(images))
-        self.errors[RANGES] = self._error()
+        self._widen(seen)
 
-    def _set_input(self, name: str, seen: Observations, bits: int) -> float:
+    def _widen(self, seen: Observations) -> None:
+        """Choose how far all input ranges go from least squared error towards the extremes."""
+        inputs = {n: q for n in self.names if isinstance(q := self.layers[n].input_quantizer, LearnedRange)}
+        for title, widening in _WIDENINGS.items():
+            if widening and self.left < 3 * len(self.judged) * self.forward_seconds:
+                self.left_out[title] = f'{len(self.judged) * self.forward_seconds:.0f} s'
+                continue
+            self.widening = widening
+            for name, quantizer in inputs.items():
+                self._set_input(name, seen, quantizer.num_bits)
+            self.errors[title] = self._error()
+        self.widening = _WIDENINGS[min(self.errors, key=lambda title: self.errors[title])]
+        for name, quantizer in inputs.items():
+            self._set_input(name, seen, quantizer.num_bits)
+
+    def _set_input(self, name: str, seen: Observations, bits: int) -> None:
         observer, quantizer = seen.observers[name], self.layers[name].input_quantizer
-        assert isinstance(observer, MSEObserver) and isinstance(quantizer, LearnedRange)
-        lower, upper, error = observer.search(bits, self.every)
+        assert isinstance(observer, _InputObserver) and isinstance(quantizer, LearnedRange)
+        if (name, bits) not in self.found:
+            self.found[name, bits] = observer.search(bits, self.every)[:2]
+        shape = quantizer.unit.shape
+        bounds = [
+            (found + self.widening * (extreme - found)).reshape(shape)
+            for found, extreme in zip(self.found[name, bits], observer.extremes())
+        ]
         quantizer.set_bits(bits)
-        quantizer.set_range(lower.reshape(quantizer.unit.shape), upper.reshape(quantizer.unit.shape))
-        return error
+        quantizer.set_range(*bounds)
 
     def _start_weight(self, name: str, weight: Tensor) -> None:
         quantizer = self.layers[name].weight_quantizer
@@ -239,7 +284,7 @@ class _Search:
             for name, chosen in allocate_bits(errors, {n: macs[n] for n in names}, bits).items():
                 self._set_input(name, seen, chosen)
         self.errors[BITS] = self._error()
-        if self.errors[BITS] > self.errors[RANGES]:
+        if self.errors[BITS] > min(self.errors.values()):
             for name, state in before.items():
                 inputs[name].load_state_dict(state)
 

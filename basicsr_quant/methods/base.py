@@ -58,6 +58,7 @@ class Method:
         default_w_granularity: ``tensor`` (the papers) or ``channel``.
         chooses_bits: Whether calibration may give layers other bits than the plan says.
         takes_products: Whether its input quantizers do for operands of matrix products (``quant.attention``).
+        changes_weights: Whether calibration changes weights and biases, not ranges alone.
         has_reference_compat: Whether published code exists whose faults ``reference_compat`` reproduces.
     """
 
@@ -67,6 +68,7 @@ class Method:
     zero_points: ClassVar[tuple[str, ...]] = ('float', 'integer')
     default_w_granularity: ClassVar[str] = 'tensor'
     chooses_bits: ClassVar[bool] = False
+    changes_weights: ClassVar[bool] = False
     has_reference_compat: ClassVar[bool] = False
     takes_products: ClassVar[bool] = False
 

@@ -215,7 +215,8 @@ def _is_quantized(net: nn.Module) -> bool:
 def _copy_calibrated(source: nn.Module, target: nn.Module, plan: Plan) -> None:
     """Give the averaged copy what calibration set: the quantizers, and all of it where weights or biases changed."""
     state = source.state_dict()
-    if plan.settings.get('equalized') or plan.settings.get('bias_correction'):
+    changed = plan.settings.get('equalized') or plan.settings.get('bias_correction')
+    if changed or method_of(plan).changes_weights:
         target.load_state_dict(state)
         return
     prefixes = tuple(f'{name}.' for name in quantizers(source))
