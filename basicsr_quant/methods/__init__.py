@@ -1,12 +1,13 @@
 """Quantization methods, one file per paper. Importing this package registers them."""
 
-from . import daq, lsq, none, observed, odm, pams
+from . import adabm, daq, lsq, none, observed, odm, pams
 from .base import METHODS, Method, Training, method_of, quantize, settings_of
 
 __all__ = [
     'METHODS',
     'Method',
     'Training',
+    'adabm',
     'daq',
     'lsq',
     'method_of',

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..compat.files import atomic_save
 from ..errors import QuantError
 from ..network.plan import Plan
-from ..network.surgery import quantizers
+from ..network.surgery import quant_state
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool 
     """
     _, state = file.state(key)
     own = net.state_dict()
-    ranges = tuple(f'{name}.' for name in quantizers(net))
+    ranges = tuple(f'{name}.' for name in quant_state(net))
     missing = [k for k in own if k not in state and not (file.plan is None and k.startswith(ranges))]
     unexpected = [k for k in state if k not in own]
     resized = [k for k in own if k in state and own[k].shape != state[k].shape]

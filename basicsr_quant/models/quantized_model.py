@@ -21,7 +21,7 @@ from ..data.calibration import CalibrationImages, dataset_options
 from ..methods import method_of
 from ..methods.base import Training
 from ..network.stages import Stages
-from ..network.surgery import quantizers
+from ..network.surgery import quant_state, quantizers
 from . import checkpoint
 from .evaluation import Evaluation
 
@@ -203,7 +203,7 @@ def _is_quantized(net: nn.Module) -> bool:
 @torch.no_grad()
 def _copy_quantizers(source: nn.Module, target: nn.Module) -> None:
     state = source.state_dict()
-    prefixes = tuple(f'{name}.' for name in quantizers(source))
+    prefixes = tuple(f'{name}.' for name in quant_state(source))
     own = {k: v for k, v in state.items() if k.startswith(prefixes)}
     target.load_state_dict(own, strict=False)
 

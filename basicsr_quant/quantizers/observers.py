@@ -133,7 +133,7 @@ class PercentileObserver(_MeanObserver):
 class MSEObserver(Observer):
     """The range whose b-bit grid reconstructs the seen values with the least squared error (OMSE).
 
-    Keeps at most 2^17 values of a channel or tensor, the same number of each batch however many there are, drawn with
+    Keeps at most ``samples`` (2^17) values of a channel or tensor, the same number of each batch however many there are, drawn with
     a random state of its own. At the end it searches lower and upper in turn, :func:`search_mse_range`.
 
     Args:
@@ -149,11 +149,12 @@ class MSEObserver(Observer):
         symmetric: bool = False,
         narrow_range: bool = False,
         zero_point: str = 'float',
+        samples: int = _SAMPLES,
     ) -> None:
         super().__init__(per_channel)
         self.bits, self.symmetric, self.narrow_range, self.zero_point = bits, symmetric, narrow_range, zero_point
         self._samples: list[Tensor] = []
-        self._each = _SAMPLES
+        self._most = self._each = samples
         self._draw = torch.Generator().manual_seed(0)
 
     def update(self, x: Tensor) -> None:
@@ -164,7 +165,7 @@ class MSEObserver(Observer):
         else:
             index = torch.randperm(size, generator=self._draw)
         self._samples.append(rows[:, index.to(rows.device)])
-        while self._each > 1 and sum(s.shape[1] for s in self._samples) > _SAMPLES:
+        while self._each > 1 and sum(s.shape[1] for s in self._samples) > self._most:
             self._each //= 2  # the order is random, so the first half of a sample is a sample
             self._samples = [s[:, : self._each].clone() for s in self._samples]
 
