@@ -35,6 +35,19 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
+class PatchConfig:
+    """``quant.patch``: test and calibrate run images patch by patch, see :class:`~.network.patches.Patchwise`.
+
+    Args:
+        size: Side of a patch in LQ pixels (AdaBM, CADyQ: 96).
+        stride: Distance of neighbouring patches; as ``size`` where it is not given, without overlap.
+    """
+
+    size: int = option(96, low=8)
+    stride: int = option(96, low=1)
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """The whole block. See the README for what each key means."""
 
@@ -46,6 +59,7 @@ class QuantConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
     feature_scale: float | None = None
     calibration: CalibrationConfig | None = None
+    patch: PatchConfig | None = None
 
     def plan(self, net: nn.Module, traced: NetworkTrace) -> Plan:
         """Plan ``net``, an FP32 network; ``traced`` tells which inputs follow a ReLU.
@@ -104,7 +118,7 @@ def read_config(block: Any) -> QuantConfig:
                 f'quant.{other} is given, but quant.method is {method!r}; options of a method go with it only'
             )
     scalar_keys = list(_Scalars.__dataclass_fields__)
-    check_keys(block, ['method', *scalar_keys, 'layers', 'calibration', method], 'quant')
+    check_keys(block, ['method', *scalar_keys, 'layers', 'calibration', 'patch', method], 'quant')
     scalars = read(_Scalars, {k: block[k] for k in scalar_keys if k in block}, 'quant')
     _check_method(method, scalars)
     settings = settings_of(
@@ -123,6 +137,7 @@ def read_config(block: Any) -> QuantConfig:
         settings=settings,
         feature_scale=_read_feature_scale(scalars.feature_scale),
         calibration=_read_calibration(block.get('calibration')),
+        patch=_read_patch(block.get('patch')),
     )
 
 
@@ -173,3 +188,17 @@ def _read_feature_scale(given: float | str) -> float | None:
 
 def _read_calibration(given: Any) -> CalibrationConfig | None:
     return None if given is None else read(CalibrationConfig, given, 'quant.calibration')
+
+
+def _read_patch(given: Any) -> PatchConfig | None:
+    if given is None:
+        return None
+    if isinstance(given, Mapping) and 'stride' not in given:
+        given = {**given, 'stride': given.get('size', PatchConfig.size)}
+    patch = read(PatchConfig, given, 'quant.patch')
+    if patch.stride > patch.size:
+        raise QuantError(
+            f'quant.patch.stride: {patch.stride} given, at most quant.patch.size = {patch.size} allowed; '
+            'pixels between the patches would be lost'
+        )
+    return patch

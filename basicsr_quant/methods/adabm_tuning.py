@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,14 @@ from ..quantizers import AdaptiveRange, ImageBits, RelativeRange
 GROUPS = ('weight ranges', 'activation ranges', 'bit mappings')
 
 REFERENCE_ACTIVATION_WIDTH = 100.0
-REFERENCE_WEIGHT_BOUND = 0.2
+"""Median width u - l of the body's clipped ranges in an EDSR whose features live in 0-255, for which the published
+rate of 0.01 is meant: such a step is 1e-4 of a range, in a network of any feature scale.
+
+EDSR-b8f64_x2, whose features are smaller by 127.5, has 101 / 127.5 (57 to 245 layer by layer). The published code takes
+0.01 absolute there too, more than one percent of a range at each step (``reference_compat: true``)."""
+
+REFERENCE_WEIGHT_BOUND = 0.15
+"""Median bound u of the body's weights at four bits, in the same network (0.13 to 0.36); 0.01 is 7 percent of it."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,8 @@ class Tuning:
         cycle: Which groups learn in an epoch; epoch e takes entry e modulo the length.
         epochs: Passes over the images.
         batch: Images a step.
-        rates: Learning rates of Adam: of both kinds of ranges in units of each range's width, of the thresholds of
-            complexity, of the layer factors.
+        rates: Learning rates of Adam: of weight ranges and activation ranges, in the units of an EDSR whose features
+            live in 0-255, of the thresholds of complexity, of the layer factors.
         decay: What a group's rate is multiplied by after an epoch of its own.
         feature_weight, bit_weight: Weights of the feature loss and of the bit loss, for an L1 loss in 0-255.
         absolute: Rates of ranges are in the units of the features and weights themselves (the published code).
@@ -70,43 +77,45 @@ class Tuner:
         factors = [q.layer_factor for q in self.adaptive]
         mapping_groups = [{'params': thresholds, 'lr': rate_image}, {'params': factors, 'lr': rate_layer}]
         self.groups = {
-            'weight ranges': self._range_groups(weights, rate_w),
-            'activation ranges': self._range_groups(inputs, rate_a),
+            'weight ranges': self._range_groups(weights, rate_w, REFERENCE_WEIGHT_BOUND),
+            'activation ranges': self._range_groups(inputs, rate_a, REFERENCE_ACTIVATION_WIDTH),
             'bit mappings': mapping_groups if self.adaptive else [],
         }
         self.optimizers = {name: torch.optim.Adam(groups) for name, groups in self.groups.items() if groups}
 
-    def _range_groups(self, quantizers: Iterable[RelativeRange], rate: float) -> list[dict[str, object]]:
+    def _range_groups(
+        self, quantizers: Iterable[RelativeRange], rate: float, reference: float
+    ) -> list[dict[str, object]]:
         groups: list[dict[str, object]] = []
         for quantizer in quantizers:
-            unit = float(quantizer.unit.mean()) if self.tuning.absolute else 1.0
-            groups.append({'params': quantizer.range_parameters(), 'lr': rate / unit})
+            width = float(quantizer.unit.mean()) if self.tuning.absolute else reference
+            groups.append({'params': quantizer.range_parameters(), 'lr': rate / width})
         return groups
 
     def run(self, stages: Stages) -> None:
         """Go through all epochs, one stage of ``stages`` for each kind of epoch."""
-        tuning = self.tuning
         draw = torch.Generator().manual_seed(0)
-        with evaluating(self.net), _gradients_off(self.net.parameters()), collect(self.net, self.teacher.blocks) as seen:
-            for epoch in range(tuning.epochs):
-                learning = [name for name in tuning.cycle[epoch % len(tuning.cycle)] if name in self.optimizers]
-                if not learning:
-                    continue
-                own = [p for name in learning for group in self.groups[name] for p in group['params']]  # type: ignore
-                for parameter in own:
-                    parameter.requires_grad_(True)
-                batches = self.teacher.draw(tuning.batch, draw)
-                for indices in stages.over(f'tuning {" and ".join(learning)}', batches):
-                    self.step(indices, learning, seen)
-                for parameter in own:
-                    parameter.requires_grad_(False)
-                    parameter.grad = None
-                for name in learning:
-                    for group in self.optimizers[name].param_groups:
-                        group['lr'] *= tuning.decay
+        for epoch in range(self.tuning.epochs):
+            names = [name for name in self.tuning.cycle[epoch % len(self.tuning.cycle)] if name in self.optimizers]
+            if not names:
+                continue
+            with self.learning(names) as step:
+                for indices in stages.over(f'tuning {" and ".join(names)}', self.teacher.draw(self.tuning.batch, draw)):
+                    step(indices)
+            for name in names:
+                for group in self.optimizers[name].param_groups:
+                    group['lr'] *= self.tuning.decay
 
-    def step(self, indices: list[int], learning: list[str], seen: list[Tensor]) -> None:
-        """One step of the groups that are learning, on the images ``indices``."""
+    @contextmanager
+    def learning(self, names: Sequence[str]) -> Iterator[Callable[[list[int]], Tensor]]:
+        """Within it the groups ``names`` learn, by calls of the function it gives, and everything else rests."""
+        own = [p for name in names for group in self.groups[name] for p in group['params']]  # type: ignore[attr-defined]
+        blocks = self.teacher.blocks
+        with torch.enable_grad(), evaluating(self.net), _only(own, self.net), collect(self.net, blocks) as seen:
+            yield lambda indices: self.step(indices, names, seen)
+
+    def step(self, indices: list[int], learning: Sequence[str], seen: list[Tensor]) -> Tensor:
+        """One step of the groups that are learning, on the images ``indices``; returns its loss."""
         images, wanted, features = self.teacher.batch(indices)
         seen.clear()
         output = self.net(images)
@@ -125,6 +134,7 @@ class Tuner:
             quantizer.clamp_range()
         for mapping in self.mappings:
             mapping.keep_order()
+        return loss.detach()
 
     def excess_bits(self) -> Tensor:
         """max(mean bits - base bits, 0) of the last pass, over layers and images."""
@@ -134,13 +144,17 @@ class Tuner:
 
 
 @contextmanager
-def _gradients_off(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within it no parameter wants a gradient but those that are asked to."""
-    before: Mapping[nn.Parameter, bool] = {p: p.requires_grad for p in parameters}
+def _only(own: Iterable[nn.Parameter], net: nn.Module) -> Iterator[None]:
+    """Within it the parameters ``own`` of ``net`` want a gradient and no others do."""
+    before = {p: p.requires_grad for p in net.parameters()}
     for parameter in before:
         parameter.requires_grad_(False)
+    for parameter in own:
+        parameter.requires_grad_(True)
     try:
         yield
     finally:
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
+        for parameter in own:
+            parameter.grad = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -126,12 +125,16 @@ def feature_distance(features: list[Tensor], wanted: list[Tensor]) -> Tensor:
 
 
 def batches_of(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """Consecutive images (N, C, H, W) of one shape in batches of at most ``size``."""
+    """Consecutive single images (1, C, H, W) of one shape gathered in batches of at most ``size``; batches of more than
+    one image stay as they are."""
     waiting: list[Tensor] = []
-    for image in chain.from_iterable(batch.split(1) for batch in images):
+    for image in images:
         if waiting and (len(waiting) == size or image.shape != waiting[0].shape):
             yield torch.cat(waiting)
             waiting = []
-        waiting.append(image)
+        if len(image) > 1:
+            yield image
+        else:
+            waiting.append(image)
     if waiting:
         yield torch.cat(waiting)

@@ -133,13 +133,14 @@ class PercentileObserver(_MeanObserver):
 class MSEObserver(Observer):
     """The range whose b-bit grid reconstructs the seen values with the least squared error (OMSE).
 
-    Keeps at most ``samples`` (2^17) values of a channel or tensor, the same number of each batch however many there are, drawn with
-    a random state of its own. At the end it searches lower and upper in turn, :func:`search_mse_range`.
+    Keeps at most ``samples`` values of a channel or tensor, the same number of each batch however many there are,
+    drawn with a random state of its own. At the end it searches lower and upper in turn, :func:`search_mse_range`.
 
     Args:
         bits: Bits of the grid.
         symmetric: Search one bound u and return (-u, u).
         narrow_range, zero_point: As in :func:`~basicsr_quant.quantizers.fake_quantize`.
+        samples: How many values are kept, 2^17 by default.
     """
 
     def __init__(
