@@ -30,7 +30,7 @@ from basicsr_quant.network.plan import LayerPlan, Plan
 from basicsr_quant.network.scope import block_names
 from basicsr_quant.network.sensitivity import choose_layer_bits, output_errors
 from basicsr_quant.network.surgery import floating_point, quant_layers
-from basicsr_quant.network.teacher import Teacher, batches_of, feature_distance, unit_rows
+from basicsr_quant.network.teacher import Teacher, batches_of, feature_distance, spread, unit_rows
 from basicsr_quant.network.trace import trace
 from basicsr_quant.quantizers import (
     AdaptiveRange,
@@ -490,6 +490,21 @@ def test_batches_are_of_one_shape():
     assert all(len({teacher.shapes[i] for i in batch}) == 1 and len(batch) <= 2 for batch in drawn[0])
     gathered = list(batches_of([torch.zeros(n, 3, s, s) for n, s in ((1, 8), (1, 8), (1, 8), (1, 4), (5, 8))], 2))
     assert [tuple(b.shape[::2]) for b in gathered] == [(2, 8), (1, 8), (1, 4), (5, 8)]
+
+
+@pytest.mark.parametrize(
+    ('images', 'count', 'chosen'),
+    [
+        (list(range(10)), 4, [0, 2, 5, 7]),
+        (list(range(3)), 4, [0, 1, 2]),
+        (iter(range(10)), 4, [0, 1, 2, 3]),
+        (iter(range(3)), None, [0, 1, 2]),
+    ],
+)
+def test_images_are_evenly_spread(images, count, chosen):
+    found = spread(images, count)
+    assert not hasattr(found, '__len__') or len(found) == len(chosen)
+    assert list(found) == chosen
 
 
 def speed_tool() -> Any:

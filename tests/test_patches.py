@@ -23,7 +23,8 @@ def test_patches_are_whole_and_their_parts_tile_the_side(length, size, data):
     assert all(b - a <= stride for a, b in zip(starts, starts[1:]))
     covered = [pixel for _, first, end in found for pixel in range(first, end)]
     assert covered == list(range(length))
-    assert all(start <= first < end <= start + max(size, length if len(found) == 1 else 0) for start, first, end in found)
+    reach = size if len(found) > 1 else length
+    assert all(start <= first < end <= start + reach for start, first, end in found)
     assert starts[-1] + size == length or length <= size
 
 

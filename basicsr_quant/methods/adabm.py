@@ -16,7 +16,7 @@ from ..network.plan import FLOAT_BITS, LayerPlan, Plan
 from ..network.sensitivity import choose_layer_bits, output_errors
 from ..network.stages import Stages
 from ..network.surgery import quant_layers
-from ..network.teacher import Teacher, batches_of
+from ..network.teacher import Teacher, batches_of, spread
 from ..quantizers import (
     OBSERVERS,
     AdaptiveRange,
@@ -25,6 +25,7 @@ from ..quantizers import (
     MSEObserver,
     NetworkMeasure,
     Observer,
+    PercentileObserver,
     Quantizer,
     RelativeRange,
     SymmetricRange,
@@ -123,7 +124,8 @@ class AdaBM(Method):
         found: dict[str, list[float]] = {'complexity': []}
 
         def images() -> Iterable[Tensor]:
-            for batch in batches_of(stages.over('observing activations', batches), _CALIBRATION_BATCH):
+            chosen = spread(batches, self.schedule.images)
+            for batch in batches_of(stages.over('observing activations', chosen), _CALIBRATION_BATCH):
                 found['complexity'] += complexity(batch).tolist()
                 yield batch
 
@@ -139,7 +141,7 @@ class AdaBM(Method):
             kwargs.update(narrow_range=quantizer.narrow_range, zero_point=quantizer.zero_point)
             return MSEObserver(**kwargs, samples=_SEARCHED)
         if init == 'percentile':
-            return OBSERVERS[init](per_channel, percent=self.options.percentile)
+            return PercentileObserver(per_channel, self.options.percentile)
         return OBSERVERS[init](per_channel)
 
     def _start_ranges(self, net: nn.Module, seen: Observations, stages: Stages) -> None:
@@ -215,7 +217,8 @@ class AdaBM(Method):
                 if isinstance(quantizer, AdaptiveRange):
                     bits += float(quantizer.layer_bits)
                 if not self.reference_compat and len(x) > _SEARCHED * 8:
-                    x = x[torch.randint(len(x), (_SEARCHED * 8,), generator=torch.Generator().manual_seed(0)).to(x.device)]
+                    index = torch.randint(len(x), (_SEARCHED * 8,), generator=torch.Generator().manual_seed(0))
+                    x = x[index.to(x.device)]
                 found = clip_to_bits(x, lower, upper, bits, quantizer.zero_point)
                 quantizer.set_range(*(blend * new + (1 - blend) * old for new, old in zip(found, (lower, upper))))
                 step()

@@ -14,13 +14,13 @@ from .base import RangeOptions
 class Schedule:
     """What a schedule says about the options that are not given, see :class:`AdaBMOptions`.
 
-    ``images`` is the number of calibration images at most, ``cycle`` the groups that learn in turn, epoch by epoch.
+    ``cycle``: the groups that learn in turn, epoch by epoch.
     """
 
     init: str
     sensitivity: str
     epochs: int
-    images: int
+    images: Optional[int]  # noqa: UP045
     batch: int
     lr_w: float
     lr_a: float
@@ -34,7 +34,7 @@ SCHEDULES = {
         init='ema_minmax',
         sensitivity='std',
         epochs=10,
-        images=100,
+        images=None,
         batch=2,
         lr_w=0.01,
         lr_a=0.01,
@@ -45,12 +45,12 @@ SCHEDULES = {
     'fast': Schedule(
         init='mse',
         sensitivity='output',
-        epochs=1,
-        images=100,
+        epochs=2,
+        images=40,
         batch=2,
-        lr_w=0.01,
-        lr_a=0.01,
-        decay=0.9,
+        lr_w=0.001,
+        lr_a=0.1,
+        decay=0.5,
         feature_weight=0.0,
         cycle=(GROUPS[:2],),
     ),
@@ -64,8 +64,10 @@ class AdaBMOptions(RangeOptions):
     Args:
         schedule: ``published``: ten epochs of 50 steps, weight ranges, activation ranges and bit mappings in turn.
             ``fast``: ranges start at the least reconstruction error for each layer's own bits, a layer's bits follow
-            from what they do to the output, and both kinds of ranges learn together for one epoch; it leaves out
-            nine epochs, the learning of the bit mappings, bit-aware clipping and the feature loss.
+            from what they do to the output, and both kinds of ranges learn together for two epochs. It leaves out
+            more than 40 images, eight epochs, the learning of the bit mappings, bit-aware clipping and the feature
+            loss.
+        images: The number of calibration images at most, evenly spread where there are more; by default all.
         init: Where activation ranges start: ``ema_minmax`` (AdaBM: extremes of batches of 16, moving average 0.9),
             ``minmax``, ``percentile`` or ``mse``. All but ``mse`` are clipped to the layer's bits afterwards. With
             ``mse`` weights too start at the least error; else at the best of AdaBM's 50 candidates.
@@ -90,6 +92,7 @@ class AdaBMOptions(RangeOptions):
     schedule: str = option('published', choices=tuple(SCHEDULES))
     init: Optional[str] = option(None, choices=('ema_minmax', 'minmax', 'percentile', 'mse'))  # type: ignore[assignment]  # noqa: UP045 (read at run time, 3.9)
     sensitivity: Optional[str] = option(None, choices=('std', 'output'))  # noqa: UP045
+    images: Optional[int] = option(None, low=1)  # noqa: UP045
     epochs: Optional[int] = option(None, low=0)  # noqa: UP045
     batch: Optional[int] = option(None, low=1)  # noqa: UP045
     lr_w: Optional[float] = option(None, low=0.0)  # noqa: UP045

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..cost import BitMeter, SizedTrace, cost_of, trace_at
 from ..report.results import ResultWriter
 
-
 PATCH_NOTE = (
     'images ran in patches of {size}x{size} every {stride} pixels, bits are means over patches; what overlapping '
     'pixels cost twice is not counted'
@@ -79,8 +78,8 @@ class Evaluation:
             self._image,
             psnr=psnr,
             ssim=ssim,
-            fab=bits and bits.fab,
-            fab_mac=bits and bits.fab_mac,
+            fab=None if bits is None else bits.fab,
+            fab_mac=None if bits is None else bits.fab_mac,
             seconds=self.seconds,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -122,6 +123,25 @@ def feature_distance(features: list[Tensor], wanted: list[Tensor]) -> Tensor:
     """
     distances = [torch.linalg.vector_norm(unit_rows(f, len(w)) - w, dim=1).mean() for f, w in zip(features, wanted)]
     return torch.stack(distances).mean()
+
+
+def spread(images: Iterable[Tensor], count: int | None) -> Iterable[Tensor]:
+    """At most ``count`` of the images: evenly spread where their number is known, else the first ones; None: all."""
+    if count is None:
+        return images
+    return _Spread(images, count) if hasattr(images, '__len__') else islice(images, count)
+
+
+class _Spread:
+    def __init__(self, images: Any, count: int) -> None:
+        self._images, self._count = images, min(count, len(images))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        wanted = {index * len(self._images) // self._count for index in range(self._count)}
+        return (image for index, image in enumerate(self._images) if index in wanted)
 
 
 def batches_of(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:

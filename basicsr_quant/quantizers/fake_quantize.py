@@ -130,8 +130,8 @@ def _grid(
 
 class _FakeQuantize(torch.autograd.Function):
     """q and its gradients. One range on the CPU takes a path with scalar bounds and few passes over memory, sample by
-    sample where each has bits of its own; every other case takes the plain one, which is the reference. With an integer zero point they agree to the bit, with a
-    float one up to float32 rounding (tested)."""
+    sample where each has bits of its own; every other case takes the plain one, which is the reference. With an integer
+    zero point they agree to the bit, with a float one up to float32 rounding (tested)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lower: Tensor, upper: Tensor, bits: Bits, narrow: bool, integer: bool) -> Tensor:
@@ -144,8 +144,8 @@ class _FakeQuantize(torch.autograd.Function):
         elif ctx.samples:
             rows = _per_sample(len(x), step, whole, 0.0 if fraction is None else fraction, n)
             q = torch.empty_like(x)
-            for source, target, row in zip(x, q, rows):
-                _quantize_scalar(source, *row, out=target)
+            for source, target, (step_, whole_, fraction_, n_) in zip(x, q, rows):
+                _quantize_scalar(source, step_, whole_, fraction_, n_, out=target)
         else:
             q = _quantize(x, step, whole, fraction, n).to(x.dtype)
         bits_tensor = bits if isinstance(bits, Tensor) else None
@@ -233,10 +233,8 @@ def _quantize_scalar(
     x: Tensor, step: float, whole: float, fraction: float, n: float, out: Tensor | None = None
 ) -> Tensor:
     # add() with alpha multiplies and adds in one pass; division stays where an engine's codes must be met exactly.
-    if fraction:
-        code = torch.add(x.new_tensor(fraction), x, alpha=1.0 / step, out=out)
-    else:
-        code = torch.div(x, step, out=out)
+    scaled = torch.add(x.new_tensor(fraction), x, alpha=1.0 / step, out=out) if fraction else None
+    code = torch.div(x, step, out=out) if scaled is None else scaled
     code.round_().clamp_(-whole, n - whole)
     return torch.add(x.new_tensor(-fraction * step), code, alpha=step, out=code) if fraction else code.mul_(step)
 
@@ -270,12 +268,13 @@ def _gradients_samples(
     bounds = [b.reshape(-1).expand(len(x)) for b in (lower, upper)]
     gx = torch.empty_like(grad)
     sums = []
-    for i, (l, u) in enumerate(zip(*bounds)):
-        gx[i], *found = _gradients_scalar(grad[i], x[i], q[i], l, u, need)
-        sums.append(torch.stack(found) if need else None)
+    for i, (low, high) in enumerate(zip(*bounds)):
+        gx[i], *found = _gradients_scalar(grad[i], x[i], q[i], low, high, need)
+        sums.append(found)
     if not need:
         return gx, None, None, None
-    gl, gu, rounding = (column.reshape(-1, *[1] * (x.dim() - 1)) for column in torch.stack(sums, dim=1))
+    columns = (torch.stack(column) for column in zip(*sums))  # type: ignore[arg-type]  # asked for, so there
+    gl, gu, rounding = (column.reshape(-1, *[1] * (x.dim() - 1)) for column in columns)
     levels = torch.exp2(bits)
     gb = -rounding * (levels * _LN2 / (levels - (2 if ctx.narrow else 1)))
     return gx, *(_sum_to(g, like) for g, like in ((gl, lower), (gu, upper), (gb, bits)))
