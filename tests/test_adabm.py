@@ -166,6 +166,7 @@ def test_bits_per_sample_take_a_fast_path_that_equals_the_plain_one(shape, narro
     draw = torch.Generator().manual_seed(0)
     x, weights = torch.randn(2, 3, 4, 5, 6, generator=draw).unbind()
     given = [x, torch.full(shape, -0.8), torch.full(shape, 1.3), torch.tensor([2.0, 4.0, 6.0]).reshape(3, 1, 1, 1)]
+    assert module._is_sample_case(x, torch.zeros(()), torch.ones(()), torch.ones(1, 1, 1, 1))
     assert module._is_sample_case(*given) and not module._is_sample_case(x, *given[1:3], given[3][:2])
     results = []
     for fast in (True, False):
@@ -321,6 +322,14 @@ def test_without_adaptive_layers_nothing_is_mapped():
 # ---------------------------------------------------------------------------------------------- state, copies, training
 
 
+def test_without_image_bits_layers_alone_decide():
+    net, _, seen = calibrated(3, image_bits=False)
+    assert not hasattr(net, 'quant_measures') and 'image_thresholds' not in seen.choices
+    net(images(2))
+    chosen = {name: 4.0 + bits for name, bits in seen.choices['layer_bits'].items()}
+    assert {name: float(bits) for name, bits in net._quant_context.bits.items()} == chosen
+
+
 def test_thresholds_are_saved_once_and_come_back():
     net, _, _ = calibrated(3)
     state = net.state_dict()
@@ -416,7 +425,7 @@ def test_ten_epochs_are_four_three_three_with_rates_that_decay():
     assert [name for name, _ in learned[::3]] == [GROUPS[e % 3] for e in range(10)]
     assert all(size == 2 for _, size in learned) and len(learned) == 30
     rates = [tuner.optimizers[n].param_groups[0]['lr'] for n in GROUPS]
-    wanted = [0.01 / REFERENCE_WEIGHT_BOUND * 0.9**4, 0.01 / REFERENCE_ACTIVATION_WIDTH * 0.9**3, 0.1 * 0.9**3]
+    wanted = [0.01 / REFERENCE_WEIGHT_BOUND * 0.9**4, 0.01 / REFERENCE_ACTIVATION_WIDTH * 0.9**3, 0.01 * 0.9**3]
     assert rates == pytest.approx(wanted)
 
 

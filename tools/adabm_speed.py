@@ -39,7 +39,7 @@ def round_through(x: Tensor) -> Tensor:
 def range_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: Any) -> Tensor:
     """The asymmetric range quantizer as autograd sees it, operator by operator."""
     steps = 2.0**bits - 1
-    clipped = torch.minimum(torch.maximum(x, lower), upper)
+    clipped = torch.clamp(x, lower, upper)
     return round_through((clipped - lower) * steps / (upper - lower)) * (upper - lower) / steps + lower
 
 
@@ -90,10 +90,10 @@ class PlainStep:
         self.lower, self.upper = (nn.Parameter(p.detach().clone()) for p in (mapping.lower, mapping.upper))
         self.bits: list[Tensor] = []
         self.groups = {
-            'weight ranges': [{'params': [c.bound], 'lr': _rate(0.01, c.bound, REFERENCE_WEIGHT_BOUND)}
+            'weight ranges': [{'params': [c.bound], 'lr': _rate(c.bound, REFERENCE_WEIGHT_BOUND)}
                               for c in self.convs],
             'activation ranges': [{'params': [c.lower, c.upper],
-                                   'lr': _rate(0.01, c.upper - c.lower, REFERENCE_ACTIVATION_WIDTH)}
+                                   'lr': _rate(c.upper - c.lower, REFERENCE_ACTIVATION_WIDTH)}
                                   for c in self.convs],
             'bit mappings': [{'params': [self.lower, self.upper], 'lr': 0.1},
                              {'params': [c.factor for c in self.convs if c.factor is not None], 'lr': 0.01}],
@@ -145,8 +145,9 @@ class PlainStep:
         return float(loss)
 
 
-def _rate(published: float, width: Tensor, reference: float) -> float:
-    return published * float(width) / reference
+def _rate(width: Tensor, reference: float) -> float:
+    """The published 0.01, relative to a range's width."""
+    return 0.01 * float(width.detach()) / reference
 
 
 def timed(clock: Callable[[], float], work: Callable[[], Any]) -> float:

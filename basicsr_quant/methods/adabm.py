@@ -79,7 +79,7 @@ class AdaBM(Method):
     # -- quantizers ------------------------------------------------------------------------------------------------
 
     def make_measures(self, plan: Plan) -> dict[str, NetworkMeasure]:
-        return {'image_bits': ImageBits()} if any(map(_is_adaptive, plan)) else {}
+        return {'image_bits': ImageBits()} if self.schedule.image_bits and any(map(_is_adaptive, plan)) else {}
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         if not _is_adaptive(layer):
@@ -248,18 +248,16 @@ class AdaBM(Method):
 
     def _report(self, net: nn.Module, adaptive: dict[str, AdaptiveRange], found: list[float]) -> dict[str, Any]:
         """What was chosen, as plain data."""
-        mapping = next((m for m in net.modules() if isinstance(m, ImageBits)), None)
-        if mapping is None or not adaptive:
+        if not adaptive:
             return {}
         layers = {name: int(q.layer_bits) for name, q in adaptive.items()}
-        images = mapping.from_complexity(torch.tensor(found)).mean()
         base = sum(q.num_bits for q in adaptive.values()) / len(adaptive)
-        return {
-            'schedule': self.options.schedule,
-            'image_thresholds': [float(mapping.lower), float(mapping.upper)],
-            'layer_bits': layers,
-            'mean_bits': base + sum(layers.values()) / len(layers) + float(images),
-        }
+        choices = {'schedule': self.options.schedule, 'layer_bits': layers}
+        choices['mean_bits'] = base + sum(layers.values()) / len(layers)
+        for mapping in (m for m in net.modules() if isinstance(m, ImageBits)):
+            choices['image_thresholds'] = [float(mapping.lower), float(mapping.upper)]
+            choices['mean_bits'] += float(mapping.from_complexity(torch.tensor(found)).mean())
+        return choices
 
 
 def _is_adaptive(layer: LayerPlan) -> bool:

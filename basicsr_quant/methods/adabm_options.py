@@ -18,6 +18,7 @@ class Schedule:
     """
 
     init: str
+    image_bits: bool
     sensitivity: str
     epochs: int
     images: Optional[int]  # noqa: UP045
@@ -32,6 +33,7 @@ class Schedule:
 SCHEDULES = {
     'published': Schedule(
         init='ema_minmax',
+        image_bits=True,
         sensitivity='std',
         epochs=10,
         images=None,
@@ -44,6 +46,7 @@ SCHEDULES = {
     ),
     'fast': Schedule(
         init='mse',
+        image_bits=False,
         sensitivity='output',
         epochs=2,
         images=40,
@@ -65,12 +68,15 @@ class AdaBMOptions(RangeOptions):
         schedule: ``published``: ten epochs of 50 steps, weight ranges, activation ranges and bit mappings in turn.
             ``fast``: ranges start at the least reconstruction error for each layer's own bits, a layer's bits follow
             from what they do to the output, and both kinds of ranges learn together for two epochs. It leaves out
-            more than 40 images, eight epochs, the learning of the bit mappings, bit-aware clipping and the feature
-            loss.
+            more than 40 images, eight epochs, the images' bits, the learning of the layers' bits, bit-aware clipping
+            and the feature loss.
         images: The number of calibration images at most, evenly spread where there are more; by default all.
         init: Where activation ranges start: ``ema_minmax`` (AdaBM: extremes of batches of 16, moving average 0.9),
             ``minmax``, ``percentile`` or ``mse``. All but ``mse`` are clipped to the layer's bits afterwards. With
             ``mse`` weights too start at the least error; else at the best of AdaBM's 50 candidates.
+        image_bits: Whether bits depend on the image too, or on the layer alone. They follow the detail of the image;
+            at the same mean PSNR is higher without them, since the smooth images that lose a bit lose more decibels
+            than the others gain.
         sensitivity: What a layer's bits follow: ``std``, the deviation of its input (AdaBM); ``output``, the error
             that a bit less or more makes in the network's output, at a mean of no more than the base bits, plain and
             weighted by MACs.
@@ -91,6 +97,7 @@ class AdaBMOptions(RangeOptions):
 
     schedule: str = option('published', choices=tuple(SCHEDULES))
     init: Optional[str] = option(None, choices=('ema_minmax', 'minmax', 'percentile', 'mse'))  # type: ignore[assignment]  # noqa: UP045 (read at run time, 3.9)
+    image_bits: Optional[bool] = option(None)  # noqa: UP045
     sensitivity: Optional[str] = option(None, choices=('std', 'output'))  # noqa: UP045
     images: Optional[int] = option(None, low=1)  # noqa: UP045
     epochs: Optional[int] = option(None, low=0)  # noqa: UP045

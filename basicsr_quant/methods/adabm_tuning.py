@@ -75,11 +75,12 @@ class Tuner:
         rate_w, rate_a, rate_image, rate_layer = tuning.rates
         thresholds = [p for m in self.mappings for p in m.parameters()]
         factors = [q.layer_factor for q in self.adaptive]
-        mapping_groups = [{'params': thresholds, 'lr': rate_image}, {'params': factors, 'lr': rate_layer}]
+        mapping_groups = [{'params': factors, 'lr': rate_layer}]
+        mapping_groups += [{'params': thresholds, 'lr': rate_image}] if thresholds else []
         self.groups = {
             'weight ranges': self._range_groups(weights, rate_w, REFERENCE_WEIGHT_BOUND),
             'activation ranges': self._range_groups(inputs, rate_a, REFERENCE_ACTIVATION_WIDTH),
-            'bit mappings': mapping_groups if self.adaptive else [],
+            'bit mappings': mapping_groups if factors else [],
         }
         self.optimizers = {name: torch.optim.Adam(groups) for name, groups in self.groups.items() if groups}
 

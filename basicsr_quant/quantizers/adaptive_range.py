@@ -66,10 +66,10 @@ class AdaptiveRange(LearnedRange):
 
 
 def per_sample(bits: Tensor, x: Tensor) -> Tensor:
-    """Bits (N,) of N images in the shape that broadcasts against ``x``, whose dimension 0 holds the images one after
-    another, each perhaps in several parts (windows, frames)."""
+    """Bits (N,) of N images, or () of all, in the shape that broadcasts against ``x``, whose dimension 0 holds the images
+    one after another, each perhaps in several parts (windows, frames)."""
     if bits.dim() == 0:
-        return bits
+        return bits.reshape(*[1] * x.dim())
     if x.shape[0] % len(bits):
         raise RuntimeError(f'bits of {len(bits)} images do not divide an activation of shape {tuple(x.shape)}')
     return bits.repeat_interleave(x.shape[0] // len(bits)).reshape(-1, *[1] * (x.dim() - 1))
