@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import QuantError
 from ..network.calibration import Observations, evaluating, observe
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
-from ..network.sensitivity import choose_layer_bits, output_errors
+from ..network.sensitivity import OFFSETS, choose_layer_bits, output_errors
 from ..network.stages import Stages
 from ..network.surgery import quant_layers
 from ..network.teacher import Teacher, batches_of, spread
@@ -181,19 +181,19 @@ class AdaBM(Method):
             s = torch.tensor([sum(found[name]) / len(found[name]) for name in adaptive])
             p = self.options.layer_percentile
             low, high = (percentile(s[None], q) for q in (p, 100 - p))
-            chosen = ((s > high).float() - (s < low).float()).tolist()
+            chosen = ((s > high).int() - (s < low).int()).tolist()
         else:
             ranges = {}
             for name, quantizer in stages.over('ranges of each width', list(adaptive.items())):
-                for offset in (-1, 0, 1):
+                for offset in OFFSETS:
                     ranges[name, offset] = self._range_at(seen.observers[name], quantizer, offset)
             images = [teacher.images[i] for i in range(min(len(teacher), _SENSITIVITY_IMAGES))]
             errors, macs = output_errors(net, stages.over('measuring sensitivity', images), adaptive, ranges)
             chosen = choose_layer_bits(errors, macs)
-            for (name, quantizer), offset in zip(adaptive.items(), chosen):
-                quantizer.set_range(*ranges[name, offset])
-        for quantizer, offset in zip(adaptive.values(), chosen):
+        for (name, quantizer), offset in zip(adaptive.items(), chosen):
             quantizer.layer_factor.fill_(float(offset))
+            if self.schedule.init == 'mse' and offset:
+                quantizer.set_range(*self._range_at(seen.observers[name], quantizer, offset))
 
     @staticmethod
     def _range_at(observer: Observer, quantizer: Quantizer, offset: int) -> tuple[Tensor, Tensor]:

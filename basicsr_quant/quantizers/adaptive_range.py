@@ -66,8 +66,8 @@ class AdaptiveRange(LearnedRange):
 
 
 def per_sample(bits: Tensor, x: Tensor) -> Tensor:
-    """Bits (N,) of N images, or () of all, in the shape that broadcasts against ``x``, whose dimension 0 holds the images
-    one after another, each perhaps in several parts (windows, frames)."""
+    """Bits (N,) of N images, or () of all, in the shape that broadcasts against ``x``; dimension 0 of ``x`` holds the
+    images one after another, each perhaps in several parts (windows, frames)."""
     if bits.dim() == 0:
         return bits.reshape(*[1] * x.dim())
     if x.shape[0] % len(bits):
