@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from basicsr_quant.methods import method_of, quantize
-from basicsr_quant.methods.adabm_tuning import GROUPS, REFERENCE_ACTIVATION_WIDTH, REFERENCE_WEIGHT_BOUND, Tuner, Tuning
+from basicsr_quant.methods.adabm_tuning import GROUPS, Tuner, Tuning
 from basicsr_quant.network.scope import block_names
 from basicsr_quant.network.surgery import quant_layers
 from basicsr_quant.network.teacher import Teacher
@@ -90,10 +90,8 @@ class PlainStep:
         self.lower, self.upper = (nn.Parameter(p.detach().clone()) for p in (mapping.lower, mapping.upper))
         self.bits: list[Tensor] = []
         self.groups = {
-            'weight ranges': [{'params': [c.bound], 'lr': _rate(c.bound, REFERENCE_WEIGHT_BOUND)}
-                              for c in self.convs],
-            'activation ranges': [{'params': [c.lower, c.upper],
-                                   'lr': _rate(c.upper - c.lower, REFERENCE_ACTIVATION_WIDTH)}
+            'weight ranges': [{'params': [c.bound], 'lr': 0.01 * float(c.bound.detach())} for c in self.convs],
+            'activation ranges': [{'params': [c.lower, c.upper], 'lr': 0.01 * float((c.upper - c.lower).detach())}
                                   for c in self.convs],
             'bit mappings': [{'params': [self.lower, self.upper], 'lr': 0.1},
                              {'params': [c.factor for c in self.convs if c.factor is not None], 'lr': 0.01}],
@@ -143,11 +141,6 @@ class PlainStep:
         loss.backward()
         self.optimizers[name].step()
         return float(loss)
-
-
-def _rate(width: Tensor, reference: float) -> float:
-    """The published 0.01, relative to a range's width."""
-    return 0.01 * float(width.detach()) / reference
 
 
 def timed(clock: Callable[[], float], work: Callable[[], Any]) -> float:

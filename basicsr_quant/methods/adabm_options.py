@@ -51,8 +51,8 @@ SCHEDULES = {
         epochs=2,
         images=40,
         batch=2,
-        lr_w=0.001,
-        lr_a=0.1,
+        lr_w=0.0067,
+        lr_a=0.001,
         decay=0.5,
         feature_weight=0.0,
         cycle=(GROUPS[:2],),
@@ -82,9 +82,9 @@ class AdaBMOptions(RangeOptions):
             weighted by MACs.
         epochs: Passes of fine-tuning over the images; 0 leaves calibration alone.
         batch: Images a step of fine-tuning (AdaBM: 2).
-        lr_w, lr_a: Learning rates of weight and activation ranges in AdaBM's units: an EDSR whose features live in
-            0-255. They are taken relative to each range's calibrated width, see
-            :data:`~basicsr_quant.methods.adabm_tuning.REFERENCE_ACTIVATION_WIDTH`.
+        lr_w, lr_a: Learning rates of weight and activation ranges, in units of each range's calibrated width. AdaBM's
+            0.01 is absolute: about 1e-4 of an activation range of an EDSR whose features live in 0-255, one percent
+            of those of EDSR-b8f64_x2, and 0.07 of a weight range at four bits; ``reference_compat: true`` takes it so.
         lr_image, lr_layer: Learning rates of the thresholds of complexity and of the layer factors.
         decay: What a group's rates are multiplied by after an epoch of its own.
         feature_weight, bit_weight: Weights of the feature loss and of the bit loss, beside an L1 loss in 0-255.

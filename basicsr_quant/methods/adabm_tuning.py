@@ -17,17 +17,6 @@ from ..quantizers import AdaptiveRange, ImageBits, RelativeRange
 
 GROUPS = ('weight ranges', 'activation ranges', 'bit mappings')
 
-REFERENCE_ACTIVATION_WIDTH = 100.0
-"""Median width u - l of the body's clipped ranges in an EDSR whose features live in 0-255, for which the published
-rate of 0.01 is meant: such a step is 1e-4 of a range, in a network of any feature scale.
-
-EDSR-b8f64_x2, whose features are smaller by 127.5, has 101 / 127.5 (57 to 245 layer by layer). The published code takes
-0.01 absolute there too, more than one percent of a range at each step (``reference_compat: true``)."""
-
-REFERENCE_WEIGHT_BOUND = 0.15
-"""Median bound u of the body's weights at four bits, in the same network (0.13 to 0.36); 0.01 is 7 percent of it."""
-
-
 @dataclass(frozen=True)
 class Tuning:
     """How ranges and mappings are tuned.
@@ -36,8 +25,8 @@ class Tuning:
         cycle: Which groups learn in an epoch; epoch e takes entry e modulo the length.
         epochs: Passes over the images.
         batch: Images a step.
-        rates: Learning rates of Adam: of weight ranges and activation ranges, in the units of an EDSR whose features
-            live in 0-255, of the thresholds of complexity, of the layer factors.
+        rates: Learning rates of Adam: of weight ranges and activation ranges, in units of each range's calibrated
+            width, of the thresholds of complexity, of the layer factors.
         decay: What a group's rate is multiplied by after an epoch of its own.
         feature_weight, bit_weight: Weights of the feature loss and of the bit loss, for an L1 loss in 0-255.
         absolute: Rates of ranges are in the units of the features and weights themselves (the published code).
@@ -78,18 +67,16 @@ class Tuner:
         mapping_groups = [{'params': factors, 'lr': rate_layer}]
         mapping_groups += [{'params': thresholds, 'lr': rate_image}] if thresholds else []
         self.groups = {
-            'weight ranges': self._range_groups(weights, rate_w, REFERENCE_WEIGHT_BOUND),
-            'activation ranges': self._range_groups(inputs, rate_a, REFERENCE_ACTIVATION_WIDTH),
+            'weight ranges': self._range_groups(weights, rate_w),
+            'activation ranges': self._range_groups(inputs, rate_a),
             'bit mappings': mapping_groups if factors else [],
         }
         self.optimizers = {name: torch.optim.Adam(groups) for name, groups in self.groups.items() if groups}
 
-    def _range_groups(
-        self, quantizers: Iterable[RelativeRange], rate: float, reference: float
-    ) -> list[dict[str, object]]:
+    def _range_groups(self, quantizers: Iterable[RelativeRange], rate: float) -> list[dict[str, object]]:
         groups: list[dict[str, object]] = []
         for quantizer in quantizers:
-            width = float(quantizer.unit.mean()) if self.tuning.absolute else reference
+            width = float(quantizer.unit.mean()) if self.tuning.absolute else 1.0
             groups.append({'params': quantizer.range_parameters(), 'lr': rate / width})
         return groups
 
