@@ -44,12 +44,15 @@ def output_errors(
 
     for name in quantizers:
 
-        def keep(module: Any, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-            inputs[name] = args[0]
-            weight = module.weight
-            macs[name] = output.numel() // weight.shape[0] * weight.numel()
+        def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> tuple[Tensor, ...]:
+            # A view of its own: what else reads this tensor, such as a skip connection, is no business of the layer.
+            inputs[name] = args[0].view_as(args[0])
+            return inputs[name], *args[1:]
 
-        handles.append(modules[name].register_forward_hook(keep))
+        def count(module: Any, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            macs[name] = output.numel() // module.weight.shape[0] * module.weight.numel()
+
+        handles += [modules[name].register_forward_pre_hook(keep), modules[name].register_forward_hook(count)]
     device = next(net.parameters()).device
     draw = torch.Generator().manual_seed(0)
     try:
