@@ -37,6 +37,19 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
+class PatchConfig:
+    """``quant.patch``: test and calibrate run images patch by patch, see :class:`~.network.patches.Patchwise`.
+
+    Args:
+        size: Side of a patch in LQ pixels (AdaBM, CADyQ: 96).
+        stride: Distance of neighbouring patches; as ``size`` where it is not given, without overlap.
+    """
+
+    size: int = option(96, low=8)
+    stride: int = option(96, low=1)
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """The whole block. See the README for what each key means."""
 
@@ -51,6 +64,7 @@ class QuantConfig:
     calibration: CalibrationConfig | None = None
     fold_bn: bool | None = None
     equalize: bool = False
+    patch: PatchConfig | None = None
 
     def plan(self, net: nn.Module, traced: NetworkTrace, *, training: bool = False) -> Plan:
         """Plan ``net``, an FP32 network; ``traced`` tells which inputs follow a ReLU, and what can be folded.
@@ -143,7 +157,7 @@ def read_config(block: Any) -> QuantConfig:
                 f'quant.{other} is given, but quant.method is {method!r}; options of a method go with it only'
             )
     scalar_keys = list(_Scalars.__dataclass_fields__)
-    check_keys(block, ['method', *scalar_keys, 'layers', 'calibration', method], 'quant')
+    check_keys(block, ['method', *scalar_keys, 'layers', 'calibration', 'patch', method], 'quant')
     scalars = read(_Scalars, {k: block[k] for k in scalar_keys if k in block}, 'quant')
     _check_method(method, scalars)
     settings = settings_of(
@@ -169,6 +183,7 @@ def read_config(block: Any) -> QuantConfig:
         calibration=_read_calibration(block.get('calibration')),
         fold_bn=scalars.fold_bn,
         equalize=scalars.equalize,
+        patch=_read_patch(block.get('patch')),
     )
 
 
@@ -219,3 +234,17 @@ def _read_feature_scale(given: float | str) -> float | None:
 
 def _read_calibration(given: Any) -> CalibrationConfig | None:
     return None if given is None else read(CalibrationConfig, given, 'quant.calibration')
+
+
+def _read_patch(given: Any) -> PatchConfig | None:
+    if given is None:
+        return None
+    if isinstance(given, Mapping) and 'stride' not in given:
+        given = {**given, 'stride': given.get('size', PatchConfig.size)}
+    patch = read(PatchConfig, given, 'quant.patch')
+    if patch.stride > patch.size:
+        raise QuantError(
+            f'quant.patch.stride: {patch.stride} given, at most quant.patch.size = {patch.size} allowed; '
+            'pixels between the patches would be lost'
+        )
+    return patch

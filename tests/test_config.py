@@ -8,7 +8,7 @@ import pytest
 import yaml
 from helpers import tiny
 
-from basicsr_quant.config import CalibrationConfig, read_config
+from basicsr_quant.config import CalibrationConfig, PatchConfig, read_config
 from basicsr_quant.errors import QuantError
 from basicsr_quant.methods import METHODS, method_of
 from basicsr_quant.network.planning import LayerRule
@@ -60,6 +60,9 @@ def test_defaults_written_out_are_the_defaults(method):
         ('{layers: {}}', 'layers', {}),
         ('{calibration: {}}', 'calibration', CalibrationConfig()),
         ('{calibration: {num_images: "5", patch_size: 0}}', 'calibration', CalibrationConfig(5, 0, None)),
+        ('{patch: {}}', 'patch', PatchConfig(96, 96)),
+        ('{patch: {size: 64}}', 'patch', PatchConfig(64, 64)),
+        ('{patch: {size: "96", stride: 90.0}}', 'patch', PatchConfig(96, 90)),
         ('{calibration: {dataset: {type: X}}}', 'calibration', CalibrationConfig(dataset={'type': 'X'})),
     ],
 )
@@ -200,11 +203,13 @@ REFUSED = [
     ({'method': 'none', 'none': {'x': 1}}, 'quant.none.x is not an option', ['it has no options']),
     # documented, but not in this version
     ({**ODM, 'skip': 'quantized'}, "quant.skip: 'quantized' given", ['allowed: fp']),
-    ({**ODM, 'patch': {'size': 96, 'stride': 90}}, 'quant.patch is not an option', ['allowed:']),
+    ({**ODM, 'patch': {'size': 96, 'stride': 97}}, 'quant.patch.stride: 97 given', ['at most quant.patch.size = 96']),
+    ({**ODM, 'patch': {'size': 4}}, 'quant.patch.size: 4 given', ['at least 8']),
+    ({**ODM, 'patch': 96}, 'quant.patch must hold', ['size stride']),
     *[({'method': m}, f'quant.method: {m!r} given', ['allowed:'])
       for m in ('ddtb', 'daq', 'cadyq', 'adabm', 'cfqp', 'auto')],
 ]  # fmt: skip
-YET_TO_COME = ('ddtb', 'daq', 'cadyq', 'adabm', 'cfqp', 'auto', 'patch')
+YET_TO_COME = ('ddtb', 'daq', 'cadyq', 'adabm', 'cfqp', 'auto')
 
 
 @pytest.mark.parametrize(('given', 'path', 'said'), REFUSED, ids=[str(r[0])[:60] for r in REFUSED])

@@ -25,8 +25,9 @@ def named(files: list[Path]) -> Any:
 def test_there_is_a_file_for_every_method_and_width():
     stems = {f.stem for f in FILES}
     odm = {f'EDSR_x{scale}_W{bits}A{bits}_ODM' for scale in (2, 4) for bits in (2, 3, 4)}
-    baselines = {f'EDSR_x4_W4A4_{m}' for m in ('ODMv1', 'PAMS', 'DAQ', 'LSQ', 'MinMax', 'Percentile', 'MSE')}
+    baselines = {f'EDSR_x4_W4A4_{m}' for m in ('ODMv1', 'PAMS', 'DAQ', 'AdaBM', 'LSQ', 'auto')}
     mobile = {f'{net}_x2_{kind}' for net in ('ABPN', 'XLSR') for kind in ('FP32', 'W8A8_CFQP')}
+    baselines |= {f'EDSR_x4_W4A4_{m}' for m in ('MinMax', 'Percentile', 'MSE')}
     assert odm | baselines | mobile | {'EDSR_x4_W8A8_PAMS', 'EDSR_x4_FP32', 'EDSR_x2_FP32'} <= stems
 
 

@@ -1,7 +1,18 @@
 """What a network costs: MACs, BitOPs, bits of features, bytes of weights. Every number names its formula."""
 
-from .bitops import Cost, LayerCost, cost_of
+from .bit_meter import BitMeter, MeasuredBits
+from .bitops import Cost, LayerCost, cost_of, counted_layers
 from .sizing import SizedTrace, trace_at
 from .total import cost
 
-__all__ = ['Cost', 'LayerCost', 'SizedTrace', 'cost', 'cost_of', 'trace_at']
+__all__ = [
+    'BitMeter',
+    'Cost',
+    'LayerCost',
+    'MeasuredBits',
+    'SizedTrace',
+    'cost',
+    'cost_of',
+    'counted_layers',
+    'trace_at',
+]

@@ -102,9 +102,7 @@ def cost_of(sized: SizedTrace, plan: Plan | None, bits: Mapping[str, tuple[float
     stored = sum(layer.weight_bytes for layer in traced.values())
     others = sized.trace.parameter_bytes - stored
     macs = sum(row.macs for row in rows)
-    ends = {sized.trace.layers[0].name, sized.trace.layers[-1].name} if sized.trace.layers else set()
-    adaptive = [layer.layer for layer in plan or () if layer.layer in traced and _counts_for_fab(layer, ends)]
-    weights = [(in_force[name][1], sized.macs(traced[name].macs)) for name in adaptive]
+    weights = [(in_force[name][1], macs_) for name, macs_ in counted_layers(sized, plan).items()]
     total = sum(weight for _, weight in weights)
     return Cost(
         macs=macs,
@@ -122,6 +120,15 @@ def cost_of(sized: SizedTrace, plan: Plan | None, bits: Mapping[str, tuple[float
         notes=sized.notes,
         layers=rows,
     )
+
+
+def counted_layers(sized: SizedTrace, plan: Plan | None) -> dict[str, int]:
+    """The layers whose activation bits make up FAB, with their MACs: those with a quantized input, without first and
+    last layers held at 8 bits."""
+    traced = {layer.name: layer for layer in sized.trace.layers + sized.trace.functional}
+    ends = {sized.trace.layers[0].name, sized.trace.layers[-1].name} if sized.trace.layers else set()
+    counted = [layer.layer for layer in plan or () if layer.layer in traced and _counts_for_fab(layer, ends)]
+    return {name: sized.macs(traced[name].macs) for name in counted}
 
 
 def _row(layer: LayerTrace, sized: SizedTrace, in_force: Mapping[str, tuple[float, float]]) -> LayerCost:

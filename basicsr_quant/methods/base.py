@@ -17,7 +17,7 @@ from ..network.folding import fold_batch_norms
 from ..network.plan import LayerPlan, Plan
 from ..network.stages import Stages
 from ..network.surgery import apply_plan, quant_layers, quantizers
-from ..quantizers import OBSERVERS, Observer, Quantizer, RelativeRange
+from ..quantizers import OBSERVERS, NetworkMeasure, Observer, Quantizer, RelativeRange
 from ..registry import Registry
 from ..schema import option, read
 
@@ -105,6 +105,10 @@ class Method:
     def make_weight(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         """Build the quantizer of a layer's weight."""
         raise NotImplementedError
+
+    def make_measures(self, plan: Plan) -> dict[str, NetworkMeasure]:
+        """Build what the network measures of its whole input for its quantizers, by name."""
+        return {}
 
     def range_shape(self, module: nn.Module) -> tuple[int, ...]:
         """Shape of a weight's range: () per tensor, (C, 1, ..., 1) per output channel."""
@@ -261,6 +265,6 @@ def quantize(net: nn.Module, plan: Plan) -> nn.Module:
     method = method_of(plan)
     method.check(plan)
     fold_batch_norms(net, plan.settings.get('folded', {}))
-    net = apply_plan(net, plan, method.make_input, method.make_weight)
+    net = apply_plan(net, plan, method.make_input, method.make_weight, method.make_measures(plan))
     method.complete(net, plan)
     return net

@@ -15,7 +15,7 @@ from ..methods import METHODS
 from ..network.clamps import FinalClamp
 from ..network.folding import fold_state, folds_of
 from ..network.plan import Plan
-from ..network.surgery import quantizers
+from ..network.surgery import quant_state
 from . import conventions
 
 
@@ -120,7 +120,7 @@ def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool 
         state, named = conventions.adapt(net, state, file.path)
         state = fold_state(state, folds_of(net))
     own = net.state_dict()
-    ranges = tuple(f'{name}.' for name in quantizers(net))
+    ranges = tuple(f'{name}.' for name in quant_state(net))
     missing = [k for k in own if k not in state]
     if file.plan is None:
         missing = [k for k in missing if not k.startswith(ranges) and not k.endswith('.num_batches_tracked')]

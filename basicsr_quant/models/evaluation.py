@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from basicsr.metrics.psnr_ssim import calculate_psnr, calculate_ssim
 from basicsr.utils import get_root_logger, tensor2img
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..cost import cost
+from ..cost import BitMeter, SizedTrace, cost_of, trace_at
 from ..report.results import ResultWriter
+
+PATCH_NOTE = (
+    'images ran in patches of {size}x{size} every {stride} pixels, bits are means over patches; what overlapping '
+    'pixels cost twice is not counted'
+)
 
 
 class Evaluation:
@@ -34,7 +39,8 @@ class Evaluation:
         self.seconds = 0.0
         self._dataset = ''
         self._image = ''
-        self._network: torch.nn.Module | None = None
+        self._meter: BitMeter | None = None
+        self._sized: SizedTrace | None = None
         self.writer = ResultWriter(
             name=opt['name'],
             method=run['plan'].method,
@@ -54,6 +60,12 @@ class Evaluation:
         path = (data.get('gt_path') or data.get('lq_path') or [''])[0]
         self._image = os.path.splitext(os.path.basename(path))[0]
 
+    def watch(self, net: nn.Module) -> None:
+        """From now on the passes of ``net``, the bare network under test, are asked for their bits."""
+        if self._meter is None:
+            self._sized = trace_at(net, scale=self.scale)
+            self._meter = BitMeter(net, self.run['plan'], self._sized)
+
     def end_image(self, visuals: dict[str, Tensor]) -> None:
         """The host has the output."""
         psnr = ssim = None
@@ -63,15 +75,29 @@ class Evaluation:
                 options = {'crop_border': self.scale, 'test_y_channel': output.ndim == 3}
                 psnr = float(calculate_psnr(output, truth, **options))
                 ssim = float(calculate_ssim(output, truth, **options))
-        self.writer.add_image(self._dataset, self._image, psnr=psnr, ssim=ssim, fab=None, seconds=self.seconds)
+        bits = self._meter.image() if self._meter is not None else None
+        self.writer.add_image(
+            self._dataset,
+            self._image,
+            psnr=psnr,
+            ssim=ssim,
+            fab=None if bits is None else bits.fab,
+            fab_mac=None if bits is None else bits.fab_mac,
+            seconds=self.seconds,
+        )
 
     def end_dataset(self, model: Any) -> None:
         """The host is through with a data set: write what there is, so that a run cut short leaves it."""
         for metric, value in (getattr(model, 'metric_results', None) or {}).items():
             self.writer.add_extra(self._dataset, metric, float(value))
-        if self.writer.cost is None:
-            bare = model.get_bare_model(model.net_g)
-            self.writer.cost = cost(bare, self.run['plan'], scale=self.scale)
+        self.watch(model.get_bare_model(model.net_g))  # for a data set without images
+        assert self._sized is not None and self._meter is not None
+        self.writer.cost = cost_of(self._sized, self.run['plan'], self._meter.mean_bits())
+        if self.run['patch'] is not None:
+            self.writer.cost = dataclasses.replace(
+                self.writer.cost,
+                notes=(*self.writer.cost.notes, PATCH_NOTE.format(**dataclasses.asdict(self.run['patch']))),
+            )
         folder = os.path.join(os.path.dirname(self.opt['path']['visualization']))
         self.writer.write(folder)
         get_root_logger().info('Results of %s:\n%s', self._dataset, self.writer.summary())

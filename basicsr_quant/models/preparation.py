@@ -46,8 +46,8 @@ def prepare(
         asked: What the command line asked for beside the host's flags.
 
     Returns:
-        ``plan``, ``calibration``, ``feature_scale``, ``checkpoint``, ``param_key``, ``note``, ``experiment``,
-        ``w_bits``, ``a_bits``, ``command``, ``card``.
+        ``plan``, ``calibration``, ``feature_scale``, ``patch``, ``checkpoint``, ``param_key``, ``note``,
+        ``experiment``, ``w_bits``, ``a_bits``, ``command``, ``card``.
     """
     config = read_config(block)
     _check_model(raw['model_type'], config, is_train)
@@ -69,6 +69,7 @@ def prepare(
         'plan': plan,
         'calibration': config.calibration,
         'feature_scale': config.feature_scale,
+        'patch': config.patch,
         'checkpoint': path,
         'param_key': key,
         'note': note,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from ..config import CalibrationConfig
 from ..data.calibration import CalibrationImages, dataset_options
 from ..methods import calibrate, method_of, needs_images
 from ..methods.base import Training
+from ..network.patches import Patchwise
 from ..network.plan import Plan
 from ..network.stages import Stages
-from ..network.surgery import plan_in_force, quantizers
+from ..network.surgery import plan_in_force, quant_state, quantizers
 from . import checkpoint
 from .evaluation import Evaluation
 
@@ -187,10 +189,25 @@ class QuantizedModelMixin:
             self._evaluation.begin_image(data)
 
     def test(self) -> None:
+        if self._evaluation is None:
+            super().test()  # type: ignore[misc]
+            return
+        self._evaluation.watch(self._bare())
         start = time.time()
-        super().test()  # type: ignore[misc]
-        if self._evaluation is not None:
-            self._evaluation.seconds = time.time() - start
+        with self._in_patches():
+            super().test()  # type: ignore[misc]
+        self._evaluation.seconds = time.time() - start
+
+    @contextlib.contextmanager
+    def _in_patches(self) -> Iterator[None]:
+        """Within it the host's test runs the network patch by patch where ``quant.patch`` asks for it."""
+        net, patch = self.net_g, self._run['patch']
+        if patch is not None:
+            self.net_g = Patchwise(self._bare(), patch.size, patch.stride)
+        try:
+            yield
+        finally:
+            self.net_g = net
 
     def get_current_visuals(self) -> dict[str, Tensor]:
         visuals = super().get_current_visuals()  # type: ignore[misc]
@@ -219,7 +236,7 @@ def _copy_calibrated(source: nn.Module, target: nn.Module, plan: Plan) -> None:
     if changed or method_of(plan).changes_weights:
         target.load_state_dict(state)
         return
-    prefixes = tuple(f'{name}.' for name in quantizers(source))
+    prefixes = tuple(f'{name}.' for name in quant_state(source))
     own = {k: v for k, v in state.items() if k.startswith(prefixes)}
     target.load_state_dict(own, strict=False)
 

@@ -48,3 +48,17 @@ def _is_block_container(module: nn.Module) -> bool:
     if len(kinds) != 1 or isinstance(children[0], (*WEIGHT_LAYERS, nn.Sequential, nn.ModuleList)):
         return False
     return all(weight_layers(child) for child in children)
+
+
+def block_names(net: nn.Module) -> list[str]:
+    """Names of the blocks of the body, whose outputs the papers compare with those of the FP32 network.
+
+    The children of the containers that :func:`body_layers` finds; none in a network without such blocks.
+    """
+    found: list[str] = []
+    inside: tuple[str, ...] = ()
+    for prefix, module in net.named_modules():
+        if prefix and not prefix.startswith(inside or ('\0',)) and _is_block_container(module):
+            inside += (f'{prefix}.',)
+            found += [f'{prefix}.{child}' for child, _ in module.named_children()]
+    return found

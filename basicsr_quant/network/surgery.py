@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +11,19 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..nn import QUANTIZED_TWINS, QuantLayer, quantized_products
-from ..quantizers import QuantContext, Quantizer
+from ..quantizers import NetworkMeasure, QuantContext, Quantizer
 from .plan import FLOAT_BITS, LayerPlan, Plan
 
 QuantizerFactory = Callable[[LayerPlan, nn.Module], Quantizer]
 
 
-def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_weight: QuantizerFactory) -> nn.Module:
+def apply_plan(
+    net: nn.Module,
+    plan: Plan,
+    make_input: QuantizerFactory,
+    make_weight: QuantizerFactory,
+    measures: Mapping[str, NetworkMeasure] | None = None,
+) -> nn.Module:
     """Replace the planned layers of ``net`` in place by quantized ones and return it.
 
     Names and values of the FP32 tensors stay; layers in floating point stay the objects they were. The network
@@ -27,6 +33,7 @@ def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_we
         net: The network; still of its own class afterwards.
         plan: From :func:`make_plan` or a checkpoint.
         make_input, make_weight: Build the quantizer of a layer's input and weight.
+        measures: What quantizers read of the network's input, by name; becomes ``net.quant_measures``.
 
     Raises:
         QuantError: if the plan names a layer that the network lacks, or one of another type.
@@ -68,6 +75,8 @@ def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_we
             parent, _, child = name.rpartition('.')
             owner = twins.get(id(modules[parent]), modules[parent])
             setattr(owner, child, twins[id(module)])
+    if measures:
+        net.quant_measures = nn.ModuleDict(measures).to(next(net.parameters()).device)
     net._quant_context = context  # type: ignore[assignment]
     net.register_forward_pre_hook(begin_pass, with_kwargs=True)
     return net
@@ -78,7 +87,7 @@ def begin_pass(net: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -
     context = net._quant_context
     image = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
     if image is not None and isinstance(context, QuantContext):
-        context.begin(image)
+        context.begin(image, dict(getattr(net, 'quant_measures', {}).items()))
 
 
 def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
@@ -89,6 +98,11 @@ def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
 def quantizers(net: nn.Module) -> dict[str, Quantizer]:
     """The quantizers of ``net`` by name, e.g. ``body.0.conv1.input_quantizer``."""
     return {name: m for name, m in net.named_modules() if isinstance(m, Quantizer)}
+
+
+def quant_state(net: nn.Module) -> list[str]:
+    """Names of the modules that quantization added to ``net``: quantizers, and measures of the whole network."""
+    return [name for name, m in net.named_modules() if isinstance(m, (Quantizer, NetworkMeasure))]
 
 
 def plan_in_force(net: nn.Module, plan: Plan) -> Plan:

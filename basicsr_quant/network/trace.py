@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .. import random_state
 from ..errors import QuantError
+from ..quantizers.context import NetworkMeasure
 from ..quantizers.quantizer import Quantizer
 from .dataflow import Step
 from .recorder import CallRecord, Recording, first_tensor, record
@@ -244,7 +245,7 @@ def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> Net
             layers.append(_layer(name, module, calls, weight if fresh else None, chain))
         elif calls.macs:
             functional.append(_layer(name, module, calls, None))
-    quantizers = [module for module in modules.values() if isinstance(module, Quantizer)]
+    quantizers = [module for module in modules.values() if isinstance(module, (Quantizer, NetworkMeasure))]
     ranges = {id(tensor): tensor for module in quantizers for tensor in (*module.parameters(), *module.buffers())}
     output = first_tensor(recording.output)
     return NetworkTrace(

@@ -1,11 +1,14 @@
 """Numbers onto grids: the fake-quantize function, quantizer modules and observers."""
 
-from .context import QuantContext
+from .adaptive_range import AdaptiveRange
+from .bit_aware import clip_to_bits, search_omse_bound
+from .context import NetworkMeasure, QuantContext
 from .distribution_range import DistributionRange, DistributionWeight
 from .fake_quantize import align_zero_point, fake_quantize, num_steps
+from .image_bits import ImageBits, complexity
 from .learned_range import LearnedRange
 from .learned_step import LearnedStep
-from .observers import OBSERVERS, MSEObserver, Observer, percentile, search_mse_range
+from .observers import OBSERVERS, MSEObserver, Observer, PercentileObserver, percentile, search_mse_range
 from .offset_range import OffsetRange
 from .quantizer import Quantizer, RelativeRange
 from .standardized import allocate_bits, channel_statistics, quantize_standardized, quantize_statistics
@@ -16,14 +19,18 @@ from .weight_range import MaxAbsWeight, PercentileWeight
 __all__ = [
     'DISTRIBUTIONS',
     'OBSERVERS',
+    'AdaptiveRange',
     'DistributionRange',
     'DistributionWeight',
+    'ImageBits',
     'LearnedRange',
     'LearnedStep',
     'MSEObserver',
     'MaxAbsWeight',
+    'NetworkMeasure',
     'Observer',
     'OffsetRange',
+    'PercentileObserver',
     'PercentileWeight',
     'QuantContext',
     'Quantizer',
@@ -32,11 +39,14 @@ __all__ = [
     'align_zero_point',
     'allocate_bits',
     'channel_statistics',
+    'clip_to_bits',
+    'complexity',
     'fake_quantize',
     'num_steps',
     'percentile',
     'quantize_standardized',
     'quantize_statistics',
     'search_mse_range',
+    'search_omse_bound',
     'step_table',
 ]

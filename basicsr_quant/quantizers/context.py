@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class NetworkMeasure(nn.Module):
+    """A module of a quantized network as a whole: maps the network's input (N, C, H, W) to what quantizers read.
+
+    The surgery registers it once, under ``quant_measures`` of the root network; its tensors are saved there.
+    """
 
 
 class QuantContext:
     """Per-forward values of one network.
 
     The network's root begins a pass with :meth:`begin`; quantizers call :meth:`measure` with a name and a function of
-    the network's input, and get the value computed at most once in that pass. Quantizers whose bits depend on the
-    image leave them in ``bits``. The context is no state: nothing in it outlives the next pass, nothing is saved.
+    the network's input, or :meth:`read` with the name of one of the network's own measures, and get the value computed
+    at most once in that pass. Quantizers whose bits depend on the image leave them in ``bits``, one value for each
+    image by the layer's name. The context is no state: nothing in it outlives the next pass, nothing is saved.
     """
 
     def __init__(self) -> None:
         self.input: Tensor | None = None
         self.bits: dict[str, Tensor] = {}
+        self.measures: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._measured: dict[str, Tensor] = {}
 
-    def begin(self, x: Tensor) -> None:
-        """Start a pass over the batch ``x`` of shape (N, C, H, W)."""
+    def begin(self, x: Tensor, measures: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> None:
+        """Start a pass over the batch ``x`` of shape (N, C, H, W) of a network with these ``measures``."""
         self.input = x
         self.bits = {}
+        self.measures = measures or {}
         self._measured = {}
+
+    def read(self, name: str) -> Tensor:
+        """The value of the network's measure ``name`` for this pass."""
+        return self.measure(name, self.measures[name])
 
     def measure(self, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return ``function(input)``, computed once per pass and name."""
@@ -41,4 +55,4 @@ class QuantContext:
         return copy
 
     def __getstate__(self) -> dict[str, object]:
-        return {'input': None, 'bits': {}, '_measured': {}}
+        return {'input': None, 'bits': {}, 'measures': {}, '_measured': {}}

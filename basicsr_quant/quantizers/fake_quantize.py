@@ -129,17 +129,23 @@ def _grid(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """q and its gradients. One range on the CPU takes a path with scalar bounds and few passes over memory; every
-    other case takes the plain one, which is the reference. With an integer zero point they agree to the bit, with a
-    float one up to float32 rounding (tested)."""
+    """q and its gradients. One range on the CPU takes a path with scalar bounds and few passes over memory, sample by
+    sample where each has bits of its own; every other case takes the plain one, which is the reference. With an integer
+    zero point they agree to the bit, with a float one up to float32 rounding (tested)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lower: Tensor, upper: Tensor, bits: Bits, narrow: bool, integer: bool) -> Tensor:
         step, whole, fraction, n = _grid(lower, upper, bits, narrow, integer)
         ctx.narrow, ctx.integer = narrow, integer
         ctx.scalar = _is_scalar_case(x, lower, upper, bits)
+        ctx.samples = not ctx.scalar and _is_sample_case(x, lower, upper, bits)
         if ctx.scalar:
             q = _quantize_scalar(x, float(step), float(whole), 0.0 if fraction is None else float(fraction), float(n))
+        elif ctx.samples:
+            rows = _per_sample(len(x), step, whole, 0.0 if fraction is None else fraction, n)
+            q = torch.empty_like(x)
+            for source, target, (step_, whole_, fraction_, n_) in zip(x, q, rows):
+                _quantize_scalar(source, step_, whole_, fraction_, n_, out=target)
         else:
             q = _quantize(x, step, whole, fraction, n).to(x.dtype)
         bits_tensor = bits if isinstance(bits, Tensor) else None
@@ -152,8 +158,10 @@ class _FakeQuantize(torch.autograd.Function):
         x, q, lower, upper, bits_tensor = ctx.saved_tensors
         need_x, need_lower, need_upper, need_bits = ctx.needs_input_grad[:4]
         if ctx.scalar:
-            gx, gl, gu = _gradients_scalar(grad, x, q, lower, upper, need_lower or need_upper)
+            gx, gl, gu, _ = _gradients_scalar(grad, x, q, lower, upper, need_lower or need_upper)
             return gx, gl, gu, None, None, None
+        if ctx.samples:
+            return (*_gradients_samples(grad, x, q, lower, upper, bits_tensor, ctx), None, None)
         dtype = lower.dtype
         x, grad_f = x.to(dtype), grad.to(dtype)
         above, below = x > upper, x < lower
@@ -200,22 +208,47 @@ def _is_scalar_case(x: Tensor, lower: Tensor, upper: Tensor, bits: Bits) -> bool
     )
 
 
-def _quantize_scalar(x: Tensor, step: float, whole: float, fraction: float, n: float) -> Tensor:
+def _is_sample_case(x: Tensor, lower: Tensor, upper: Tensor, bits: Bits) -> bool:
+    """One range and bits of their own for each sample, (N, 1, ..., 1): as many scalar cases."""
+    samples = (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else ()
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, Parameter)
+        and x.device.type == 'cpu'
+        and x.dtype == torch.float32
+        and isinstance(bits, Tensor)
+        and bits.dim() == x.dim()
+        and bits.shape[1:] == samples[1:]
+        and bits.shape[0] in (1, x.shape[0])
+        and all(b.numel() == 1 or b.shape == samples for b in (lower, upper))
+    )
+
+
+def _per_sample(count: int, *values: float | Tensor) -> list[tuple[float, ...]]:
+    columns = [v.reshape(-1).expand(count).tolist() if isinstance(v, Tensor) else [v] * count for v in values]
+    return list(zip(*columns))
+
+
+def _quantize_scalar(
+    x: Tensor, step: float, whole: float, fraction: float, n: float, out: Tensor | None = None
+) -> Tensor:
     # add() with alpha multiplies and adds in one pass; division stays where an engine's codes must be met exactly.
-    code = torch.add(x.new_tensor(fraction), x, alpha=1.0 / step) if fraction else x / step
+    scaled = torch.add(x.new_tensor(fraction), x, alpha=1.0 / step, out=out) if fraction else None
+    code = torch.div(x, step, out=out) if scaled is None else scaled
     code.round_().clamp_(-whole, n - whole)
-    return torch.add(x.new_tensor(-fraction * step), code, alpha=step) if fraction else code.mul_(step)
+    return torch.add(x.new_tensor(-fraction * step), code, alpha=step, out=code) if fraction else code.mul_(step)
 
 
 def _gradients_scalar(
     grad: Tensor, x: Tensor, q: Tensor, lower: Tensor, upper: Tensor, need_range: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for x, lower and upper, and the sum of gradient times rounding error over the inside."""
     # hardtanh's backward masks in one pass, but leaves out the bounds themselves; one float beyond them keeps them in.
     infinity = torch.tensor(math.inf)
     low, high = torch.nextafter(lower.detach(), -infinity), torch.nextafter(upper.detach(), infinity)
     inside = torch.ops.aten.hardtanh_backward(grad, x, float(low), float(high))
     if not need_range:
-        return inside, None, None
+        return inside, None, None, None
     outside = grad - inside
     above = torch.ops.aten.threshold_backward(outside, x, float(upper)).sum()
     below = outside.sum() - above
@@ -223,4 +256,25 @@ def _gradients_scalar(
     rounding = torch.dot(inside.reshape(-1), (q - x).reshape(-1)) / width
     if not rounding.isfinite():  # an infinite x (zero times infinity), or a range whose sums overflow
         rounding = (inside * ((q - x) / width).nan_to_num_(0.0, 0.0, 0.0)).sum()
-    return inside, (below - rounding).reshape(lower.shape), (above + rounding).reshape(upper.shape)
+    ranges = (below - rounding).reshape(lower.shape), (above + rounding).reshape(upper.shape)
+    return inside, *ranges, (rounding * width).reshape(())
+
+
+def _gradients_samples(
+    grad: Tensor, x: Tensor, q: Tensor, lower: Tensor, upper: Tensor, bits: Tensor, ctx: Any
+) -> tuple[Tensor | None, ...]:
+    _, need_lower, need_upper, need_bits = ctx.needs_input_grad[:4]
+    need = need_lower or need_upper or need_bits
+    bounds = [b.reshape(-1).expand(len(x)) for b in (lower, upper)]
+    gx = torch.empty_like(grad)
+    sums = []
+    for i, (low, high) in enumerate(zip(*bounds)):
+        gx[i], *found = _gradients_scalar(grad[i], x[i], q[i], low, high, need)
+        sums.append(found)
+    if not need:
+        return gx, None, None, None
+    columns = (torch.stack(column) for column in zip(*sums))  # type: ignore[arg-type]  # asked for, so there
+    gl, gu, rounding = (column.reshape(-1, *[1] * (x.dim() - 1)) for column in columns)
+    levels = torch.exp2(bits)
+    gb = -rounding * (levels * _LN2 / (levels - (2 if ctx.narrow else 1)))
+    return gx, *(_sum_to(g, like) for g, like in ((gl, lower), (gu, upper), (gb, bits)))
