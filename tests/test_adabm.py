@@ -99,7 +99,8 @@ def test_thresholds_never_cross_and_are_closed_to_gradients_at_first():
 
 def in_context(quantizer: AdaptiveRange, batch: Any, found: ImageBits | None = None) -> AdaptiveRange:
     quantizer.context = QuantContext()
-    quantizer.context.begin(batch, {'image_bits': found or mapping(0.0, 1e3)})
+    quantizer.context.measures = {'image_bits': found or mapping(0.0, 1e3)}
+    quantizer.context.begin(batch)
     return quantizer
 
 

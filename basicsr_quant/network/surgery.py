@@ -87,7 +87,8 @@ def begin_pass(net: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -
     context = net._quant_context
     image = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
     if image is not None and isinstance(context, QuantContext):
-        context.begin(image, dict(getattr(net, 'quant_measures', {}).items()))
+        context.measures = dict(getattr(net, 'quant_measures', {}).items())
+        context.begin(image)
 
 
 def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:

@@ -18,9 +18,10 @@ class QuantContext:
     """Per-forward values of one network.
 
     The network's root begins a pass with :meth:`begin`; quantizers call :meth:`measure` with a name and a function of
-    the network's input, or :meth:`read` with the name of one of the network's own measures, and get the value computed
-    at most once in that pass. Quantizers whose bits depend on the image leave them in ``bits``, one value for each
-    image by the layer's name. The context is no state: nothing in it outlives the next pass, nothing is saved.
+    the network's input, or :meth:`read` with the name of one of the running network's ``measures``, and get the value
+    computed at most once in that pass. Quantizers whose bits depend on the image leave them in ``bits``, one value for
+    each image (or one for all) by the layer's name. The context is no state: nothing in it outlives the next pass,
+    nothing is saved.
     """
 
     def __init__(self) -> None:
@@ -29,11 +30,10 @@ class QuantContext:
         self.measures: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._measured: dict[str, Tensor] = {}
 
-    def begin(self, x: Tensor, measures: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> None:
-        """Start a pass over the batch ``x`` of shape (N, C, H, W) of a network with these ``measures``."""
+    def begin(self, x: Tensor) -> None:
+        """Start a pass over the batch ``x`` of shape (N, C, H, W)."""
         self.input = x
         self.bits = {}
-        self.measures = measures or {}
         self._measured = {}
 
     def read(self, name: str) -> Tensor:
