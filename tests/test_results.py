@@ -74,7 +74,7 @@ def test_metrics_json_is_the_contract(writer, some_cost, tmp_path):
     assert found['datasets']['Photos']['psnr'] is None
     assert found['cost'] == some_cost.to_plain()
     assert found['plan'][1] == {
-        'layer': '1', 'type': 'Conv2d', 'w_bits': 4, 'a_bits': 4, 'why': 'body', 'rectified': False,
+        'layer': '1', 'type': 'Conv2d', 'w_bits': 4, 'a_bits': 4, 'why': 'body', 'rectified': False, 'operands': [],
     }  # fmt: skip
     assert set(found['versions']) >= {'basicsr_quant', 'basicsr', 'torch'}
 

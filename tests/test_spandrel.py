@@ -78,7 +78,8 @@ def test_what_spandrel_computes_to_the_bit_and_quantized(kind: str, tmp_path: Pa
     names = list(net.state_dict())
     with torch.no_grad():
         plain = net(x)
-    plan = read_config({'method': 'minmax', 'w_bits': 8, 'a_bits': 8, 'scope': 'all'}).plan(net, trace(net))
+    block = {'method': 'minmax', 'w_bits': 8, 'a_bits': 8, 'scope': 'all', 'fold_bn': False}
+    plan = read_config(block).plan(net, trace(net))
     quantize(net, plan)
     method_of(plan).calibrate(net, [x])
     assert [k for k in net.state_dict() if 'quantizer' not in k] == names

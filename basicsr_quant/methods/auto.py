@@ -229,7 +229,8 @@ class _Search:
             self.widening = widening
             for name, quantizer in inputs.items():
                 self._set_input(name, seen, quantizer.num_bits)
-            self.errors[title] = self._error()
+            with self.stages.stage('judging'):
+                self.errors[title] = self._error()
         self.widening = _WIDENINGS[min(self.errors, key=lambda title: self.errors[title])]
         for name, quantizer in inputs.items():
             self._set_input(name, seen, quantizer.num_bits)
@@ -257,7 +258,7 @@ class _Search:
     def _error(self) -> float:
         """Mean squared error of the output over the judged images."""
         total = count = 0.0
-        with self.stages.stage('judging'), evaluating(self.net):
+        with evaluating(self.net):
             for image, target in self.judged:
                 total += float((self.net(image) - target).double().square().sum())
                 count += target.numel()
@@ -283,7 +284,8 @@ class _Search:
             errors = self._weigh(names, (bits - 1, bits, bits + 1), images, seen)
             for name, chosen in allocate_bits(errors, {n: macs[n] for n in names}, bits).items():
                 self._set_input(name, seen, chosen)
-        self.errors[BITS] = self._error()
+        with self.stages.stage('judging'):
+            self.errors[BITS] = self._error()
         if self.errors[BITS] > min(self.errors.values()):
             for name, state in before.items():
                 inputs[name].load_state_dict(state)
@@ -331,7 +333,8 @@ class _Search:
             for name in self.stages.over('rounding weights', group):
                 self._round(name, moments.pop(name))
         best = min(self.errors.values())
-        self.errors[title] = self._error()
+        with self.stages.stage('judging'):
+            self.errors[title] = self._error()
         self.round_seconds, self.rounded = time.perf_counter() - start, names
         if self.errors[title] < best:
             return self.errors[title] < best * _LEAST_GAIN
