@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Union
 
 from torch import nn
 
 from .errors import QuantError, nearest
 from .methods import METHODS, method_of, settings_of
+from .network.additions import tensors_of
 from .network.plan import FLOAT_BITS, Plan
 from .network.planning import LayerRule, PlanRequest, make_plan
 from .network.trace import NetworkTrace
@@ -42,6 +43,7 @@ class QuantConfig:
     w_bits: int = 8
     a_bits: int = 8
     scope: str = 'body'
+    skip: str = 'fp'
     layers: Mapping[str, LayerRule] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     feature_scale: float | None = None
@@ -64,6 +66,8 @@ class QuantConfig:
                 f"and quant.layers leave every layer in floating point{because}; use 'method: none' if that is meant"
             )
         method_of(plan).check(plan)
+        if self.skip == 'quantized':
+            plan = replace(plan, tensors=tensors_of(net, traced.input_shape, plan))
         return plan
 
 
@@ -74,7 +78,7 @@ class _Scalars:
     w_bits: int = 8
     a_bits: int = 8
     scope: str = option('body', choices=('body', 'all'))
-    skip: str = option('fp', choices=('fp',))
+    skip: str = option('fp', choices=('fp', 'quantized'))
     w_granularity: Optional[str] = option(None, choices=('tensor', 'channel'))  # noqa: UP045 (as above)
     zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045
     feature_scale: Union[float, str] = 'auto'  # noqa: UP007
@@ -124,6 +128,7 @@ def read_config(block: Any) -> QuantConfig:
         w_bits=w_bits,
         a_bits=a_bits,
         scope=scalars.scope,
+        skip=scalars.skip,
         layers=_read_layers(block.get('layers')),
         settings=settings,
         feature_scale=_read_feature_scale(scalars.feature_scale),
@@ -133,6 +138,8 @@ def read_config(block: Any) -> QuantConfig:
 
 def _check_method(method: str, scalars: _Scalars) -> None:
     cls = METHODS[method]
+    if scalars.skip == 'quantized' and not cls.is_static:
+        raise QuantError(f"quant.skip: 'quantized' given, but method {method!r} has ranges of its own for every image")
     if scalars.zero_point is not None and scalars.zero_point not in cls.zero_points:
         allowed = ' | '.join(cls.zero_points)
         raise QuantError(f'quant.zero_point: {scalars.zero_point!r} given, allowed with method {method!r}: {allowed}')

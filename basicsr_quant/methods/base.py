@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..network.calibration import Observations, observe
-from ..network.plan import LayerPlan, Plan
+from ..network.plan import LayerPlan, Plan, TensorPlan
 from ..network.stages import Stages
-from ..network.surgery import apply_plan, quant_layers, quantizers
-from ..quantizers import OBSERVERS, Observer, Quantizer, RelativeRange
+from ..network.surgery import apply_plan, quant_layers, quantizers, tensor_quantizers
+from ..quantizers import OBSERVERS, LearnedRange, Observer, Quantizer, RelativeRange
 from ..registry import Registry
 from ..schema import option, read
 
@@ -56,6 +56,7 @@ class Method:
         zero_points: What ``quant.zero_point`` may be.
         default_w_granularity: ``tensor`` (the papers) or ``channel``.
         chooses_bits: Whether calibration may give layers other bits than the plan says.
+        is_static: Whether ranges and bits are the same for every image, which ``skip: quantized`` and export need.
         has_reference_compat: Whether published code exists whose faults ``reference_compat`` reproduces.
     """
 
@@ -66,6 +67,7 @@ class Method:
     default_w_granularity: ClassVar[str] = 'tensor'
     chooses_bits: ClassVar[bool] = False
     has_reference_compat: ClassVar[bool] = False
+    is_static: ClassVar[bool] = True
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.zero_point: str = settings['zero_point']
@@ -89,6 +91,10 @@ class Method:
     def make_weight(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         """Build the quantizer of a layer's weight."""
         raise NotImplementedError
+
+    def make_tensor(self, tensor: TensorPlan) -> Quantizer:
+        """Build the quantizer of a tensor that no layer's input quantizer stands for: its calibrated extremes."""
+        return LearnedRange(tensor.bits, learn=False, zero_point='integer')
 
     def range_shape(self, module: nn.Module) -> tuple[int, ...]:
         """Shape of a weight's range: () per tensor, (C, 1, ..., 1) per output channel."""
@@ -125,6 +131,8 @@ class Method:
         idle = [name for name in seen.observers if name not in seen.stds]
         if idle:
             logger.warning('Calibration never reached %d layers, which keep an unset range: %s.', len(idle), idle)
+        for name, quantizer in tensor_quantizers(net).items():
+            quantizer.set_range(*seen.tensors[name].range())
         for name, layer in stages.over('setting ranges', list(quant_layers(net).items())):
             if name in seen.stds:
                 self.start_input(layer.input_quantizer, seen.observers[name])
@@ -239,4 +247,4 @@ def quantize(net: nn.Module, plan: Plan) -> nn.Module:
     """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``."""
     method = method_of(plan)
     method.check(plan)
-    return apply_plan(net, plan, method.make_input, method.make_weight)
+    return apply_plan(net, plan, method.make_input, method.make_weight, method.make_tensor)

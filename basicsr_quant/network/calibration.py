@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import Observer, Quantizer
-from .surgery import floating_point, quant_layers
+from ..quantizers import MinMaxObserver, Observer, Quantizer
+from .surgery import floating_point, quant_layers, tensor_quantizers
 
 REFERENCE_STD = 4.85
 """Median standard deviation of the body's inputs in an EDSR whose features live in 0-255: the unit of feature scale.
@@ -26,6 +26,7 @@ class Observations:
 
     Attributes:
         observers: By name of the quantized layer, the observer of its input.
+        tensors: By name, the observers of tensors that are quantized where they are made.
         stds: By name of the layer, the mean over batches of its input's standard deviation.
         feature_scale: c, the network's feature scale relative to a 0-255 one: the median of ``stds`` over
             :data:`REFERENCE_STD`. 1.0 for a network without quantized inputs.
@@ -34,6 +35,7 @@ class Observations:
     """
 
     observers: dict[str, Observer] = field(default_factory=dict)
+    tensors: dict[str, Observer] = field(default_factory=dict)
     stds: dict[str, float] = field(default_factory=dict)
     feature_scale: float = 1.0
     images: int = 0
@@ -73,6 +75,9 @@ def observe(
                 also(name, inputs[0])
 
         handles.append(layer.input_quantizer.register_forward_pre_hook(hook))
+    for name, quantizer in tensor_quantizers(net).items():
+        watcher = seen.tensors[name] = MinMaxObserver()
+        handles.append(quantizer.register_forward_pre_hook(lambda _, inputs, watcher=watcher: watcher.update(inputs[0])))
     device = next((p.device for p in net.parameters()), torch.device('cpu'))
     try:
         with evaluating(net), floating_point(net):

@@ -12,12 +12,19 @@ from torch import Tensor, nn
 from ..errors import QuantError
 from ..nn import QUANTIZED_TWINS, QuantLayer
 from ..quantizers import QuantContext, Quantizer
-from .plan import FLOAT_BITS, LayerPlan, Plan
+from .additions import CONTAINER, add_tensor_quantizers
+from .plan import FLOAT_BITS, LayerPlan, Plan, TensorPlan
 
 QuantizerFactory = Callable[[LayerPlan, nn.Module], Quantizer]
 
 
-def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_weight: QuantizerFactory) -> nn.Module:
+def apply_plan(
+    net: nn.Module,
+    plan: Plan,
+    make_input: QuantizerFactory,
+    make_weight: QuantizerFactory,
+    make_tensor: Callable[[TensorPlan], Quantizer] | None = None,
+) -> nn.Module:
     """Replace the planned layers of ``net`` in place by quantized ones and return it.
 
     Names and values of the FP32 tensors stay; layers in floating point stay the objects they were. The network
@@ -27,6 +34,7 @@ def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_we
         net: The network; still of its own class afterwards.
         plan: From :func:`make_plan` or a checkpoint.
         make_input, make_weight: Build the quantizer of a layer's input and weight.
+        make_tensor: Builds the quantizer of a tensor of :attr:`Plan.tensors`.
 
     Raises:
         QuantError: if the plan names a layer that the network lacks, or one of another type.
@@ -51,6 +59,8 @@ def apply_plan(net: nn.Module, plan: Plan, make_input: QuantizerFactory, make_we
         if id(module) in twins:
             parent, _, child = name.rpartition('.')
             setattr(modules[parent], child, twins[id(module)])
+    if plan.tensors and make_tensor is not None:
+        add_tensor_quantizers(net, plan, make_tensor)
     net._quant_context = context  # type: ignore[assignment]
     net.register_forward_pre_hook(begin_pass, with_kwargs=True)
     return net
@@ -87,6 +97,11 @@ def plan_in_force(net: nn.Module, plan: Plan) -> Plan:
         return dataclasses.replace(layer, a_bits=a_bits, w_bits=w_bits)
 
     return dataclasses.replace(plan, layers=tuple(bits(layer) for layer in plan))
+
+
+def tensor_quantizers(net: nn.Module) -> dict[str, Quantizer]:
+    """Quantizers of tensors by name, without those that are a layer's input quantizer too."""
+    return {name: q for name, q in quantizers(net).items() if name.startswith(f'{CONTAINER}.')}
 
 
 @contextmanager

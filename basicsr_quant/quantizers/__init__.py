@@ -5,7 +5,7 @@ from .distribution_range import DistributionRange, DistributionWeight
 from .fake_quantize import align_zero_point, fake_quantize, num_steps
 from .learned_range import LearnedRange
 from .learned_step import LearnedStep
-from .observers import OBSERVERS, MSEObserver, Observer, percentile, search_mse_range
+from .observers import OBSERVERS, MinMaxObserver, MSEObserver, Observer, percentile, search_mse_range
 from .offset_range import OffsetRange
 from .quantizer import Quantizer, RelativeRange
 from .standardized import allocate_bits, channel_statistics, quantize_standardized, quantize_statistics
@@ -22,6 +22,7 @@ __all__ = [
     'LearnedStep',
     'MSEObserver',
     'MaxAbsWeight',
+    'MinMaxObserver',
     'Observer',
     'OffsetRange',
     'PercentileWeight',
