@@ -80,24 +80,18 @@ def to_onnx(graph: fx.GraphModule, shape: tuple[int, ...], *, dynamic: bool = Tr
     return model
 
 
-def write_onnx(plan: IntegerPlan, path: str | os.PathLike[str], *, opset: int = OPSET) -> Any:
-    """Write ``plan``, whole or not at all, and return the ``onnx.ModelProto``. Weights of up to 4 bits are INT4.
+def packed_onnx(plan: IntegerPlan, opset: int = OPSET) -> Any:
+    """``plan`` as a checked ``onnx.ModelProto``; weights of up to 4 bits are stored as INT4.
 
     Raises:
-        QuantError: if it cannot be translated or the place cannot be written.
+        QuantError: if it cannot be translated.
     """
     model = to_onnx(plan.graph, plan.shape, dynamic=plan.dynamic, opset=opset)
     _pack(model, plan)
-    save(model, path)
-    return model
-
-
-def save(model: Any, path: str | os.PathLike[str]) -> None:
-    """Check a model and write it under a temporary name, then rename."""
     import onnx
 
     onnx.checker.check_model(model)
-    write_bytes(path, model.SerializeToString())
+    return model
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

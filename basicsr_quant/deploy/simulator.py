@@ -7,6 +7,7 @@ additions are requantized by its formula. Everything else computes in float32 on
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -84,8 +85,17 @@ Held = Union[Codes, Sums, Pair]
 class Simulator(fx.Interpreter):
     """Runs an integer plan.
 
+    Args:
+        graph: Of an :class:`~.capture.IntegerPlan`.
+        layers: By node name, what computes a layer whose weight is in floating point: the order in which an engine sums
+            in floating point is its own, and a quantizer behind it would see the difference.
+
     >>> output = Simulator(plan.graph)(image)  # doctest: +SKIP
     """
+
+    def __init__(self, graph: fx.GraphModule, layers: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> None:
+        super().__init__(graph)
+        self.layers = dict(layers or {})
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
@@ -97,6 +107,8 @@ class Simulator(fx.Interpreter):
         if n.op != 'call_function':
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.name in self.layers:
+            return self.layers[n.name](_plain(args[0]))
         if n.target is CONSTANT:
             dtype = torch.float64 if args[0].dtype == torch.int32 else torch.float32
             return Codes(args[0].to(dtype), args[1], 0)

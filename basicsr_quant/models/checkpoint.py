@@ -13,7 +13,7 @@ from ..compat.files import atomic_save
 from ..errors import QuantError
 from ..methods import METHODS
 from ..network.plan import Plan
-from ..network.surgery import quantizers
+from ..quantizers import Quantizer
 from . import conventions
 
 
@@ -116,7 +116,8 @@ def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool 
     if file.plan is None:
         state, named = conventions.adapt(net, state, file.path)
     own = net.state_dict()
-    ranges = tuple(f'{name}.' for name in quantizers(net))
+    shared = net.named_modules(remove_duplicate=False)  # a quantizer may stand under two names
+    ranges = tuple(f'{name}.' for name, module in shared if isinstance(module, Quantizer))
     missing = [k for k in own if k not in state]
     if file.plan is None:
         missing = [k for k in missing if not k.startswith(ranges) and not k.endswith('.num_batches_tracked')]
@@ -158,6 +159,13 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
             raise QuantError(
                 f"{file.path} was made with quant.{key} '{theirs.settings.get(key)}', the option file says '{value}'"
             )
+    if theirs.tensors != plan.tensors:
+        kind = ['quantized' if one.tensors else 'fp' for one in (theirs, plan)]
+        same = kind[0] == kind[1]
+        raise QuantError(
+            f"{file.path} was made with quant.skip '{kind[0]}'"
+            + (' for other tensors than this network has' if same else f", the option file says '{kind[1]}'")
+        )
     ours = {layer.layer: layer for layer in plan.quantized}
     for layer in theirs.quantized:
         mine = ours.pop(layer.layer, None)
