@@ -20,7 +20,7 @@ from ..version import __version__
 from . import checker
 from .capture import IntegerPlan, integer_plan
 from .onnx_file import OPSET, check_opset, need, packed_onnx, write_bytes
-from .parity import Parity, TestImage, measure
+from .parity import Parity, ParityImage, measure
 
 SUFFIXES = ('.onnx', '.xml')
 
@@ -62,7 +62,7 @@ def export(
     path: str,
     *,
     shape: tuple[int, ...],
-    images: Sequence[TestImage],
+    images: Sequence[ParityImage],
     source: str,
     psnr: Callable[[Tensor, Any], float],
     engine: str = 'onnxruntime',

@@ -126,14 +126,14 @@ def _register(graph: fx.GraphModule, name: str, tensor: Tensor, before: Node) ->
 
 
 def _fold_factors(graph: fx.GraphModule) -> None:
-    """Residual scaling: a positive factor behind a quantizer or a quantized layer goes into its scale."""
+    """Residual scaling: a positive factor behind a layer, its ReLU and its quantizer goes into their scales."""
     for node in list(graph.graph.nodes):
         if node.target is not aten.mul.Tensor or not isinstance(node.args[1], (int, float)) or node.args[1] <= 0:
             continue
         factor, inner = float(node.args[1]), node.args[0]
         layer, grids = inner, []
-        while isinstance(layer, Node) and layer.target is ACTIVATION and len(layer.users) == 1:
-            grids.append(layer)
+        while isinstance(layer, Node) and layer.target in (ACTIVATION, aten.relu.default) and len(layer.users) == 1:
+            grids += [layer] if layer.target is ACTIVATION else []
             layer = layer.args[0]
         found = weight_of(graph, layer) if isinstance(layer, Node) and layer.target in CONVOLUTIONS else None
         if found is None or len(layer.users) != 1 or len(layer.args) < 3:

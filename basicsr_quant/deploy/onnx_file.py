@@ -176,7 +176,7 @@ def _pack(model: Any, plan: IntegerPlan) -> None:
         if stored.min() < -8 or stored.max() > 7:
             continue
         name = tensor.name
-        small = helper.make_tensor(f'{name}.int4', onnx.TensorProto.INT4, codes.shape, stored.flatten().tolist())
+        small = helper.make_tensor(f'{name}.int4', onnx.TensorProto.INT4, codes.shape, _nibbles(stored), raw=True)
         model.graph.initializer[index].CopyFrom(small)
         if not found.halved:
             nodes.append(helper.make_node('Cast', [small.name], [name], to=onnx.TensorProto.INT8, name=f'{name}.cast'))
@@ -196,6 +196,13 @@ def _pack(model: Any, plan: IntegerPlan) -> None:
     rest = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *rest])
+
+
+def _nibbles(codes: np.ndarray) -> bytes:
+    """Two codes from -8 to 7 a byte, the first one in the lower half."""
+    flat = (codes.flatten() & 15).astype(np.uint8)
+    flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+    return (flat[0::2] | flat[1::2] << 4).astype(np.uint8).tobytes()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
-class TestImage:
+class ParityImage:
     """One image: name, network input (1, C, H, W), and what its output is compared with, if anything."""
 
     name: str
@@ -95,7 +95,7 @@ def measure(
     net: nn.Module,
     plan: IntegerPlan,
     model: bytes | str,
-    images: Sequence[TestImage],
+    images: Sequence[ParityImage],
     source: str,
     psnr: Callable[[Tensor, Any], float],
     *,
@@ -110,7 +110,7 @@ def measure(
         model: The file, as bytes or path.
         images: At least one.
         source: Where they come from.
-        psnr: PSNR of an output against :attr:`TestImage.truth`.
+        psnr: PSNR of an output against :attr:`ParityImage.truth`.
         openvino: Run OpenVINO too (f32).
         report: Called with a line for each image.
     """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import read_config
 from ..data.calibration import CalibrationImages, dataset_options
-from ..deploy.parity import TestImage
+from ..deploy.parity import ParityImage
 from ..errors import QuantError
 from ..methods import quantize
 from ..network.plan import Plan
@@ -65,7 +65,7 @@ def load_quantized(raw: Mapping[str, Any], asked: str | None, root: str) -> tupl
 
 def parity_images(
     raw: Mapping[str, Any], shape: tuple[int, ...], count: int, fixed: bool = False
-) -> tuple[list[TestImage], str]:
+) -> tuple[list[ParityImage], str]:
     """Up to ``count`` images: of the option file's test sets (with ground truth), or else of its calibration set, or
     else made up.
 
@@ -76,7 +76,7 @@ def parity_images(
     Returns:
         The images and a word on where they come from.
     """
-    found: list[TestImage] = []
+    found: list[ParityImage] = []
     source = ''
     for key, options in (raw.get('datasets') or {}).items():
         if key.split('_')[0] in ('test', 'val') and not found:
@@ -86,27 +86,27 @@ def parity_images(
         if config is not None and config.dataset is not None:
             options = dataset_options(config, None, raw.get('scale', 1))
             images = CalibrationImages(config, options, lambda data: data['lq'], raw.get('manual_seed') or 0)
-            found = [TestImage(f'calibration {i}', image) for i, image in enumerate(islice(images, count))]
+            found = [ParityImage(f'calibration {i}', image) for i, image in enumerate(islice(images, count))]
             source = 'calibration images'
     if not found:
         found, source = _made_up(shape), 'made-up images, no data set is named'
     if fixed:
-        found = [TestImage(item.name, _fit(item.image, shape)) for item in found]
+        found = [ParityImage(item.name, _fit(item.image, shape)) for item in found]
     return found, source
 
 
-def _of_set(options: dict[str, Any], count: int) -> list[TestImage]:
+def _of_set(options: dict[str, Any], count: int) -> list[ParityImage]:
     options.setdefault('type', 'PairedImageDataset')
     dataset = build_dataset(options)
     found = []
     for index in range(min(count, len(dataset))):
         data = dataset[index]
         truth = tensor2img([data['gt']]) if 'gt' in data else None
-        found.append(TestImage(f'{options["name"]} {index}', data['lq'][None], truth))
+        found.append(ParityImage(f'{options["name"]} {index}', data['lq'][None], truth))
     return found
 
 
-def _made_up(shape: tuple[int, ...]) -> list[TestImage]:
+def _made_up(shape: tuple[int, ...]) -> list[ParityImage]:
     """Smooth noise: neighbouring pixels of photographs are alike."""
     generator = torch.Generator().manual_seed(0)
     found = []
@@ -114,7 +114,7 @@ def _made_up(shape: tuple[int, ...]) -> list[TestImage]:
         coarse = torch.rand(1, shape[1], 12, 12, generator=generator)
         side = (max(shape[2], 64), max(shape[3], 64))
         image = nn.functional.interpolate(coarse, side, mode='bicubic', align_corners=False).clamp(0, 1)
-        found.append(TestImage(f'made-up {index}', (image * 255).round() / 255))
+        found.append(ParityImage(f'made-up {index}', (image * 255).round() / 255))
     return found
 
 

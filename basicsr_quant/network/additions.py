@@ -146,6 +146,9 @@ class _Recorder(_Frames):
     def _note(self, tensor: Any, made: _Made) -> None:
         if isinstance(tensor, Tensor):
             self._alive.append(tensor)
+            before = self.made.get(id(tensor)) if id(tensor) in made.parents else None
+            if before is not None:  # in place: what the tensor was made from counts on
+                made.parents, made.is_layer = [*before.parents, *made.parents], before.is_layer
             self.made[id(tensor)] = made
 
     def _ids(self, tree: Any) -> list[int]:
@@ -258,7 +261,7 @@ class TensorQuantizers(_Frames):
         return self._quantized(site, out)
 
     def made_by(self, label: str, module: nn.Module, inputs: Any, output: Any) -> Any:
-        return self._quantized(label, output) if label in self.keys else None
+        return self._quantized(label, output) if label in self.keys and isinstance(output, Tensor) else None
 
 
 def key_of(site: str) -> str:
