@@ -42,7 +42,8 @@ class Twice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.a, self.b, self.last = (nn.Conv2d(c, d, 3, padding=1) for c, d in ((3, 4), (4, 4), (4, 4), (4, 3)))
+        sizes = ((3, 4), (4, 4), (4, 4), (4, 3))
+        self.first, self.a, self.b, self.last = (nn.Conv2d(c, d, 3, padding=1) for c, d in sizes)
         self.act = nn.LeakyReLU(inplace=True)
 
     def forward(self, x):
@@ -67,8 +68,8 @@ def tensors(net, **settings):
 
 
 def quantized(net, method='minmax', bits=8, scope='all', **options):
-    plan = read_config({'method': method, 'w_bits': bits, 'a_bits': bits, 'scope': scope, 'skip': 'quantized', **options})
-    plan = plan.plan(net, trace(net))
+    block = {'method': method, 'w_bits': bits, 'a_bits': bits, 'scope': scope, 'skip': 'quantized', **options}
+    plan = read_config(block).plan(net, trace(net))
     net = quantize(copy.deepcopy(net), plan)
     method_of(plan).calibrate(net, [images()])
     return net, plan
@@ -81,14 +82,12 @@ ALL = [
 
 
 @pytest.mark.parametrize('block, scope, wanted', [
-    (Block, 'all', ALL), (Block, 'body', ALL[:3]), (Scaled, 'all', ALL), (InPlace, 'body', [
-        ('first', 'skip', ('body.0.conv1',)), ('body.0.conv2', 'branch', ()), ('body.0/add_.0', 'sum', ('body.1.conv1',)),
-    ]), (Discarding, 'all', []),
+    (Block, 'all', ALL), (Block, 'body', ALL[:3]), (Scaled, 'all', ALL), (InPlace, 'body', ALL[:3]),
+    (Discarding, 'all', []),
 ])  # fmt: skip
 def test_tensors_of_residual_blocks(block, scope, wanted):
     found = tensors(network(block), scope=scope)
-    names = [(t.tensor.replace('add_', 'add'), t.kind, t.feeds) for t in found]
-    assert names == [(name.replace('add_', 'add'), kind, feeds) for name, kind, feeds in wanted]
+    assert [(t.tensor, t.kind, t.feeds) for t in found] == wanted
     assert all(t.bits == 8 for t in found)
 
 
@@ -108,7 +107,7 @@ def test_quantized_additions_are_those_of_the_formula(block, bits):
     part = net.body[0]
     start = held['first'](net.first(x))
     branch = held['body-0-conv2'](part.conv2(part.relu(part.conv1(start)))) * factor
-    total = held['body-0/add-0' if 'body-0/add-0' in held else 'body-0/add_-0'](start + branch)
+    total = held['body-0/add-0'](start + branch)
     torch.testing.assert_close(net(x), net.last(total))
 
 
@@ -153,7 +152,7 @@ def test_methods_with_ranges_of_their_own_for_every_image_are_refused():
     moving = [name for name in METHODS if not METHODS[name].is_static]
     assert 'daq' in moving
     for name in moving:
-        with pytest.raises(QuantError, match='quant.skip'):
+        with pytest.raises(QuantError, match=r'quant\.skip'):
             read_config({'method': name, 'skip': 'quantized'})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 
 import numpy as np
 import pytest
@@ -90,13 +91,15 @@ def test_every_kind_of_image_comes_back_as_its_kind(kind, channels, dtype, tmp_p
     assert result.dtype == dtype and result.shape == (74, 106, *image.shape[2:])
     assert calls == [channels] * image_files.passes(image.shape, channels)
     wanted = image.repeat(2, 0).repeat(2, 1)
-    np.testing.assert_array_equal(result[..., :3] if kind == 'alpha' else result, wanted[..., :3] if kind == 'alpha' else wanted)
+    colours = (Ellipsis, slice(0, 3)) if kind == 'alpha' else ...
+    np.testing.assert_array_equal(result[colours], wanted[colours])
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """A folder of three images, and the command with a tiny FP32 network x2."""
-    pytest.importorskip('basicsr')
+    if importlib.util.find_spec('basicsr') is None:
+        pytest.skip('BasicSR is not installed')
     from basicsr_quant.cli import main
 
     monkeypatch.chdir(tmp_path)

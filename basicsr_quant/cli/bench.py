@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch', type=int, help='batch size instead of the file\'s')
     parser.add_argument('--patch', type=int, help='side of the LQ patch instead of the file\'s gt_size / scale')
     parser.add_argument('--threads', type=int, help='threads of torch (default: torch\'s own choice)')
-    parser.add_argument('--deploy', action='store_true', help='latency in PyTorch, ONNX Runtime and OpenVINO instead')
+    parser.add_argument('--deploy', action='store_true', help='latency in every engine instead')
     parser.add_argument('--size', type=int, nargs=2, default=(180, 320), metavar=('HEIGHT', 'WIDTH'),
                         help='with --deploy: LQ image (default: 180 320)')
-    parser.add_argument('--rounds', type=int, default=5, help='with --deploy: rounds in turn (default: 5)')
+    parser.add_argument('--rounds', type=int, default=5, help='with --deploy: rounds (default: 5)')
     parser.add_argument('--checkpoint', metavar='FILE', help='with --deploy: a quantized checkpoint; without one ranges '
                         'come from noise, which takes the same time')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)

@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-i', '--input', required=True, metavar='PATH', help='an image, or a folder of images')
     parser.add_argument('-o', '--output', required=True, metavar='PATH',
                         help='a folder, made where it is missing; or NAME.png for one image. Files are PNG')
-    parser.add_argument('-m', '--model', required=True, metavar='FILE', help='model.onnx, model.xml or, with -opt, .pth')
+    parser.add_argument('-m', '--model', required=True, metavar='FILE', help='model.onnx, .xml or, with -opt, .pth')
     parser.add_argument('-opt', metavar='FILE', help='option file of a .pth, which says what network it is of')
-    parser.add_argument('--engine', choices=('onnxruntime', 'openvino'), help='what runs a .onnx (default: onnxruntime)')
+    parser.add_argument('--engine', choices=('onnxruntime', 'openvino'), help='runs a .onnx (default: onnxruntime)')
     parser.add_argument('--tile', type=int, default=256, help='side of a tile in pixels of the input (default: 256)')
     parser.add_argument('--overlap', type=int, default=16, help='pixels a tile sees beyond its edge (default: 16)')
     parser.add_argument('--threads', type=int, help='threads of the engine (default: its own choice)')
@@ -95,7 +95,7 @@ def _targets(found: list[Path], args: argparse.Namespace) -> list[tuple[Path, Pa
     output = Path(args.output)
     if output.suffix.lower() == '.png' and not output.is_dir():
         if len(found) > 1:
-            raise QuantError(f'-o {args.output} is one file, but -i {args.input} holds {len(found)} images; name a folder')
+            raise QuantError(f'-o {args.output} is one file, but -i {args.input} holds {len(found)} images')
         pairs = [(found[0], output)]
     else:
         stems = [file.stem for file in found]
@@ -151,7 +151,7 @@ def _from_checkpoint(args: argparse.Namespace) -> tuple[Callable[[Any], Any], in
     from ..network.trace import trace
 
     if not args.opt:
-        raise QuantError(f'-m {args.model}: a checkpoint does not say what network it is of; give its option file by -opt')
+        raise QuantError(f'-m {args.model}: a checkpoint does not say what network it is of; give -opt with its file')
     if args.threads:
         torch.set_num_threads(args.threads)
     raw = option_file.read(option_file.find(args.opt))

@@ -115,11 +115,12 @@ def compare(
         seconds = _in_turn(runs, image, rounds)
         rows = []
         for key, values in seconds.items():
-            path, precision = where.get(key, (None, None))
-            size = path.stat().st_size if path is not None else None
-            peak = None
-            if path is not None and memory:
-                peak = _peak(path, 'openvino' if key[0] == 'OpenVINO' else 'onnxruntime', precision, shape, threads)
+            size = peak = None
+            if key in where:
+                file, precision = where[key]
+                engine = 'openvino' if key[0] == 'OpenVINO' else 'onnxruntime'
+                size = file.stat().st_size
+                peak = _peak(file, engine, precision, shape, threads) if memory else None
             rows.append(Row(*key, statistics.median(values), size, peak))
     return rows, lowered
 
@@ -148,7 +149,9 @@ def amdahl(plan: IntegerPlan, traced: NetworkTrace) -> tuple[float, float]:
     return share, 1 / ((1 - share) + share / GAIN)
 
 
-def _in_turn(runs: dict[tuple[str, str], engines.Run], image: Tensor, rounds: int) -> dict[tuple[str, str], list[float]]:
+def _in_turn(
+    runs: dict[tuple[str, str], engines.Run], image: Tensor, rounds: int
+) -> dict[tuple[str, str], list[float]]:
     for run in runs.values():
         run(image)
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}

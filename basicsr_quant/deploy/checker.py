@@ -84,7 +84,7 @@ def _clips(plan: IntegerPlan, graph: Any) -> list[str]:
     stray = []
     for node in graph.node:
         maker = makers.get(node.input[0]) if node.op_type == 'Clip' else None
-        behind = maker is not None and (maker.op_type.startswith(('QLinear', 'Quantize')) or _moves_codes(maker, makers))
+        behind = maker is not None and _moves_codes(maker, makers)
         if node.op_type == 'Clip' and not behind:
             stray.append(node.name)
     return [f'{len(stray)} Clip nodes in floating point, {stray[0]} first'] if len(stray) > own else []

@@ -50,8 +50,7 @@ def activation_grid(name: str, quantizer: Quantizer, engine: str) -> Grid:
     """The grid of a calibrated activation quantizer.
 
     A grid with a float zero point is aligned to an integer one, see :func:`align_zero_point`. TensorRT has zero point
-    0 only: a grid that begins at zero and has less than 8 bits fits int8 as it is, any other one is replaced by 255
-    levels over its larger side.
+    0 only: a grid whose codes fit int8 around zero stays as it is, any other one becomes int8 over its larger side.
 
     Raises:
         QuantError: if the range is not calibrated, follows the image, or is one for each channel.
@@ -71,7 +70,7 @@ def activation_grid(name: str, quantizer: Quantizer, engine: str) -> Grid:
     if n - zero_point <= 127 and zero_point <= 128:
         return Grid(scale, 0, -zero_point, n - zero_point, True, shift)
     side = max(zero_point, n - zero_point) * scale
-    return Grid(float(np.float32(side / 127)), 0, -127, 127, True, max(shift, 0.5))
+    return Grid(float(np.float32(side / 127)), 0, -128, 127, True, max(shift, 0.5))
 
 
 def _static_bounds(name: str, quantizer: Quantizer) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Graph passes: one quantizer per tensor, scales folded, biases in integers; and what stays in floating point, and why."""
+"""Graph passes: one quantizer per tensor, scales folded, integer biases; and what stays in floating point, and why."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ def lower(graph: fx.GraphModule, engine: str) -> list[NodeReport]:
     weight whose output stays in floating point become exact sums, see :func:`_exact_sums`.
     """
     _fold_factors(graph)
+    if engine == 'onnxruntime':
+        _rectify_codes(graph)
     _move_before_shuffles(graph)
     _merge(graph)
     _integer_biases(graph)
@@ -67,11 +69,10 @@ def drop_no_ops(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.op != 'call_function':
             continue
-        if node.target in (*_COPIES, aten.dropout.default):
-            _bypass(node)
-        elif node.target in _SAME_DTYPE and _dtype(node) == _dtype(node.args[0]):
-            _bypass(node)
-        elif node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1:
+        is_copy = node.target in (*_COPIES, aten.dropout.default)
+        is_cast = node.target in _SAME_DTYPE and _dtype(node) == _dtype(node.args[0])
+        is_one = node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1
+        if is_copy or is_cast or is_one:
             _bypass(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -103,8 +104,12 @@ def weight_of(graph: fx.GraphModule, node: Node) -> tuple[Tensor, Tensor] | None
     return None if codes is None or scale is None else (codes, scale)
 
 
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
+
+
 def _bypass(node: Node) -> None:
-    node.replace_all_uses_with(node.args[0])
+    node.replace_all_uses_with(_args(node)[0])
     node.graph.erase_node(node)
 
 
@@ -146,9 +151,19 @@ def _fold_factors(graph: fx.GraphModule) -> None:
         bias_node = None if bias is None else _register(graph, f'{layer.name}_bias', bias * factor, layer)
         layer.args = (layer.args[0], weight, bias_node, *layer.args[3:])
         for grid in grids:
-            scaled = float(torch.tensor(grid.args[1] * factor, dtype=torch.float32))
+            scaled = float(torch.tensor(_args(grid)[1] * factor, dtype=torch.float32))
             grid.args = (grid.args[0], scaled, *grid.args[2:])
         _bypass(node)
+
+
+def _rectify_codes(graph: fx.GraphModule) -> None:
+    """A ReLU before a quantizer is a lower bound on its codes: engines fuse that, whatever the zero point."""
+    for node in list(graph.graph.nodes):
+        if node.target is ACTIVATION and node.args[0].target is aten.relu.default and len(node.args[0].users) == 1:
+            relu = node.args[0]
+            scale, zero_point, low, high, signed = node.args[1:]
+            node.args = (relu.args[0], scale, zero_point, max(low, zero_point), high, signed)
+            graph.graph.erase_node(relu)
 
 
 def _move_before_shuffles(graph: fx.GraphModule) -> None:
@@ -218,7 +233,7 @@ def _exact_sums(graph: fx.GraphModule, floating: set[str]) -> None:
         with graph.graph.inserting_before(node):
             x = graph.graph.call_function(INTEGERS, grid.args)
             for shuffle in reversed(_shuffles(node.args[0])):
-                x = graph.graph.call_function(shuffle.target, (x, *shuffle.args[1:]))
+                x = graph.graph.create_node('call_function', shuffle.target, (x, *shuffle.args[1:]))
             weight = graph.graph.call_function(CONSTANT, (node.args[1].args[0], one))
             total = graph.graph.call_function(node.target, (x, weight, None, *node.args[3:]))
             result = graph.graph.call_function(aten.mul.Tensor, (total, step))
@@ -233,10 +248,10 @@ def _exact_sums(graph: fx.GraphModule, floating: set[str]) -> None:
 
 def largest_sum(codes: Tensor, grid: Node) -> float:
     """The largest sum of products that a layer can meet, whatever the image."""
-    _, zero_point, low, high = grid.args[1:5]
+    _, zero_point, low, high = _args(grid)[1:5]
     rows = codes.flatten(1).double()
     up, down = rows.clamp(min=0).sum(dim=1), rows.clamp(max=0).sum(dim=1)
-    far, near = float(high - zero_point), float(low - zero_point)  # type: ignore[operator]
+    far, near = float(high - zero_point), float(low - zero_point)
     return float(torch.maximum((up * far + down * near).abs(), (up * near + down * far).abs()).max())
 
 
@@ -294,10 +309,6 @@ def _report(graph: fx.GraphModule, node: Node, engine: str) -> NodeReport:
 def _float_output(node: Node) -> str:
     """Why the output of a node is not quantized, or ''. ONNX Runtime computes such a node in floating point."""
     users = list(node.users)
-    if len(users) == 1 and users[0].target is aten.relu.default:
-        users = list(users[0].users)
-        if len(users) == 1 and users[0].target is ACTIVATION and users[0].args[2] != users[0].args[3]:
-            return 'its output passes a ReLU onto a grid that reaches below zero'
     if len(users) == 1 and users[0].target is ACTIVATION:
         return ''
     if any(user.op == 'output' for user in users) or _leads_to_output(node):

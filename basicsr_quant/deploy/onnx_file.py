@@ -121,14 +121,18 @@ def _translations() -> dict[Any, Any]:
     from onnxscript import opset21 as op
 
     def number(value: float, dtype: Any) -> Any:
-        return op.Constant(value=onnx_ir.tensor(np.array(value, dtype=dtype)))
+        return op.Constant(value=onnx_ir.tensor(np.array(value, dtype=dtype)))  # type: ignore[arg-type]
 
     def codes_of(x: Any, scale: float, zero_point: int, low: int, high: int, signed: bool) -> tuple[Any, Any, Any]:
         dtype = np.int8 if signed else np.uint8
         step, zero = number(scale, np.float32), number(zero_point, dtype)
+        clips = (low, high) != ((-128, 127) if signed else (0, 255))
+        if clips and signed:  # TensorRT takes nothing between the two, so its Clip stands before them
+            ends = (number((end - zero_point) * scale, np.float32) for end in (low, high))
+            return op.QuantizeLinear(op.Clip(x, *ends), step, zero), step, zero
         codes = op.QuantizeLinear(x, step, zero)
-        if (low, high) != ((-128, 127) if signed else (0, 255)):
-            # On the codes and not before them: a Clip in floating point would keep engines from fusing the layer.
+        if clips:
+            # On the codes and not before them: a Clip in floating point would keep CPU engines from fusing the layer.
             codes = op.Clip(codes, number(low, dtype), number(high, dtype))
         return codes, step, zero
 

@@ -176,7 +176,7 @@ def _one_layer(
     )
     constants = [numpy_helper.from_array(weight.detach().numpy(), 'weight')]
     constants += [numpy_helper.from_array(bias.detach().numpy(), 'bias')] if bias is not None else []
-    shape = ['n', weight.shape[1] * groups, 'h', 'w']
+    shape: list[Any] = ['n', weight.shape[1] * groups, 'h', 'w']
     given = helper.make_tensor_value_info('x', TensorProto.FLOAT, shape)
     made = helper.make_tensor_value_info('y', TensorProto.FLOAT, ['n', weight.shape[0], 'oh', 'ow'])
     model = helper.make_model(

@@ -1,6 +1,6 @@
 """What an integer engine computes, in PyTorch: codes in, integer sums, requantization, codes out.
 
-The graph of an :class:`~.capture.IntegerPlan` is run with its tensors held as codes wherever the plan has them as codes.
+The graph of an :class:`~.capture.IntegerPlan` is run with its tensors held as codes wherever the plan has them so.
 Convolutions and linear layers sum int8 x uint8 products and an int32 bias exactly and requantize as ONNX Runtime does;
 additions are requantized by its formula. Everything else computes in float32 on the values of the codes.
 """
@@ -26,7 +26,7 @@ _EXACT_FLOAT32 = 2**24
 
 @dataclass
 class Codes:
-    """A quantized tensor: value = scale (code - zero_point), codes held in float32 (int32 ones of biases in float64)."""
+    """A quantized tensor: value = scale (code - zero_point), codes held in float32 (those of biases in float64)."""
 
     codes: Tensor
     scale: Tensor

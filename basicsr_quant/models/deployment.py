@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
@@ -18,6 +19,7 @@ from ..deploy.parity import ParityImage
 from ..errors import QuantError
 from ..methods import quantize
 from ..network.plan import Plan
+from ..network.trace import trace
 from ..seam import import_components
 from . import checkpoint
 from .preparation import build_float, choose_checkpoint
@@ -39,16 +41,12 @@ def load_quantized(raw: Mapping[str, Any], asked: str | None, root: str) -> tupl
     Raises:
         QuantError: if there is no checkpoint, it has no ranges, or its plan is not the option file's.
     """
-    import os
-
-    for key in ('name', 'network_g', 'quant'):
-        if key not in raw:
-            raise QuantError(f'{key} is missing in the option file; a quantized checkpoint is exported by it')
+    for needed in ('name', 'network_g', 'quant'):
+        if needed not in raw:
+            raise QuantError(f'{needed} is missing in the option file; a quantized checkpoint is exported by it')
     import_components(raw.get('imports'))
     config = read_config(raw['quant'])
     net = build_float(raw['network_g'])
-    from ..network.trace import trace
-
     plan = config.plan(net, trace(net))
     experiment = os.path.join(root, 'experiments', raw['name'])
     options = {'path': {}, **raw}

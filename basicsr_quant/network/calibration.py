@@ -77,7 +77,11 @@ def observe(
         handles.append(layer.input_quantizer.register_forward_pre_hook(hook))
     for name, quantizer in tensor_quantizers(net).items():
         watcher = seen.tensors[name] = MinMaxObserver()
-        handles.append(quantizer.register_forward_pre_hook(lambda _, inputs, watcher=watcher: watcher.update(inputs[0])))
+
+        def watch(_: nn.Module, inputs: tuple[Tensor, ...], watcher: Observer = watcher) -> None:
+            watcher.update(inputs[0])
+
+        handles.append(quantizer.register_forward_pre_hook(watch))
     device = next((p.device for p in net.parameters()), torch.device('cpu'))
     try:
         with evaluating(net), floating_point(net):
