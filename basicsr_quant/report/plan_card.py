@@ -36,7 +36,7 @@ def plan_card(trace: NetworkTrace, plan: Plan, *, show_all: bool = False) -> str
     settings = [f'{key} {value}' for key, value in plan.settings.items() if value and not isinstance(value, dict)]
     heading = f'{", ".join(["method " + plan.method, *settings])}; MACs for an input of {_times(trace.input_shape[1:])}'
     floating = _floating([planned[name] for name in names])
-    return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *floating])
+    return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *_tensors(plan), *floating])
 
 
 def _alike(
@@ -86,6 +86,17 @@ def _totals(trace: NetworkTrace, plan: Plan) -> list[str]:
     if trace.not_counted:
         lines.append(f'not counted: {", ".join(trace.not_counted)}')
     return lines
+
+
+def _tensors(plan: Plan) -> list[str]:
+    """Tensors that are quantized where they are made, one line for each kind."""
+    kinds = {'sum': 'results of additions', 'skip': 'operands that layers take too', 'branch': 'other operands'}
+    lines = []
+    for kind, words in kinds.items():
+        names = [tensor.tensor for tensor in plan.tensors if tensor.kind == kind]
+        if names:
+            lines.append(f'  {words}: {", ".join(map(span, by_pattern(names)))}')
+    return [f'{len(plan.tensors)} tensors around additions at {plan.tensors[0].bits} bits:', *lines] if lines else []
 
 
 def _floating(layers: Sequence[LayerPlan]) -> list[str]:

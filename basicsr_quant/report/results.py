@@ -97,6 +97,7 @@ class ResultWriter:
             'datasets': datasets,
             'cost': None if self.cost is None else self.cost.to_plain(),
             'plan': [vars(layer) for layer in self.plan or ()],
+            'tensors': [vars(tensor) for tensor in (self.plan.tensors if self.plan else ())],
             'versions': versions(),
         }
         return _finite(plain)
