@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from basicsr_quant.cli import main
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, options, option_file):
+def here(tmp_path, monkeypatch, images, options, option_file):
     """An option file of a tiny EDSR with an FP32 checkpoint, in a working directory of its own."""
     basicsr_quant.enable()
     import torch
@@ -28,8 +29,8 @@ def here(tmp_path, monkeypatch, options, option_file):
     monkeypatch.chdir(tmp_path)
     torch.save({'params': build_float(options['network_g']).state_dict()}, 'fp32.pth')
     options['path']['pretrain_network_g'] = 'fp32.pth'
-    data = {k: v for k, v in options['datasets']['val'].items() if k != 'dataroot_gt'}
-    calibration = {'num_images': 4, 'dataset': {**data, 'type': 'SingleImageDataset'}}
+    shutil.copytree(images / 'lq', 'calibration')
+    calibration = {'num_images': 4, 'dataset': {'dataroot_lq': 'calibration'}}
     options['quant'] = {'method': 'minmax', 'scope': 'all', 'skip': 'quantized', 'calibration': calibration}
 
     def write(**block):

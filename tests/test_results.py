@@ -56,7 +56,8 @@ def read(folder: os.PathLike[str]) -> dict:
 def test_metrics_json_is_the_contract(writer, some_cost, tmp_path):
     writer.write(tmp_path)
     found = read(tmp_path)
-    assert list(found) == ['name', 'method', 'w_bits', 'a_bits', 'checkpoint', 'datasets', 'cost', 'plan', 'versions']
+    assert list(found) == ['name', 'method', 'w_bits', 'a_bits', 'checkpoint', 'datasets', 'cost', 'plan', 'tensors',
+                           'versions']
     assert [found[key] for key in list(found)[:5]] == ['EDSR_x2', 'odm', 4, 4, 'net_g_latest.pth']
     fab, fab_mac = 3.0, pytest.approx((81 * 4 + 243 * 2) / (81 + 243))
     baby = {'psnr': 38.0, 'ssim': 0.96, 'fab': fab, 'fab_mac': fab_mac, 'seconds': 0.5, 'extra': {'niqe': 4.0}}
