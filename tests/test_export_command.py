@@ -14,8 +14,8 @@ if importlib.util.find_spec('basicsr') is None:
 for package in ('onnx', 'onnxscript', 'onnxruntime'):
     pytest.importorskip(package)
 
-import basicsr_quant
-from basicsr_quant.cli import main
+import basicsr_quant  # noqa: E402
+from basicsr_quant.cli import main  # noqa: E402
 
 
 @pytest.fixture

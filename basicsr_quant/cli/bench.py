@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--size', type=int, nargs=2, default=(180, 320), metavar=('HEIGHT', 'WIDTH'),
                         help='with --deploy: LQ image (default: 180 320)')
     parser.add_argument('--rounds', type=int, default=5, help='with --deploy: rounds (default: 5)')
-    parser.add_argument('--checkpoint', metavar='FILE', help='with --deploy: a quantized checkpoint; without one ranges '
-                        'come from noise, which takes the same time')
+    parser.add_argument('--checkpoint', metavar='FILE', help='with --deploy: a quantized checkpoint (default: ranges '
+                        'from noise, which takes the same time)')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
 
 

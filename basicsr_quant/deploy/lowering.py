@@ -54,6 +54,8 @@ def lower(graph: fx.GraphModule, engine: str) -> list[NodeReport]:
         _rectify_codes(graph)
     _move_before_shuffles(graph)
     _merge(graph)
+    if engine == 'onnxruntime':
+        _repeat_behind_shuffles(graph)
     _integer_biases(graph)
     graph.graph.eliminate_dead_code()
     reports = [_report(graph, node, engine) for node in graph.graph.nodes if _counts(node)]
@@ -178,6 +180,17 @@ def _move_before_shuffles(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
             shuffle.args = (moved, *shuffle.args[1:])
             node = moved
+
+
+def _repeat_behind_shuffles(graph: fx.GraphModule) -> None:
+    """The same quantizer behind a pixel shuffle again: ONNX Runtime moves 8-bit codes, and fuses what follows,
+    only where it finds one on both sides. It changes no value."""
+    for node in list(graph.graph.nodes):
+        grid = source(node) if node.target in SHUFFLES else None
+        if grid is not None:
+            with graph.graph.inserting_after(node):
+                again = graph.graph.call_function(ACTIVATION, (node, *grid.args[1:]))
+            node.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
 
 
 def _merge(graph: fx.GraphModule) -> None:

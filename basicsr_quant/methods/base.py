@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..network.calibration import Observations, observe
+from ..network.calibration import Observations, observe, set_tensor_ranges
 from ..network.plan import LayerPlan, Plan, TensorPlan
 from ..network.stages import Stages
-from ..network.surgery import apply_plan, quant_layers, quantizers, tensor_quantizers
+from ..network.surgery import apply_plan, quant_layers, quantizers
 from ..quantizers import OBSERVERS, LearnedRange, Observer, Quantizer, RelativeRange
 from ..registry import Registry
 from ..schema import option, read
@@ -131,8 +131,7 @@ class Method:
         idle = [name for name in seen.observers if name not in seen.stds]
         if idle:
             logger.warning('Calibration never reached %d layers, which keep an unset range: %s.', len(idle), idle)
-        for name, quantizer in tensor_quantizers(net).items():
-            quantizer.set_range(*seen.tensors[name].range())
+        set_tensor_ranges(net, seen)
         for name, layer in stages.over('setting ranges', list(quant_layers(net).items())):
             if name in seen.stds:
                 self.start_input(layer.input_quantizer, seen.observers[name])
@@ -247,4 +246,5 @@ def quantize(net: nn.Module, plan: Plan) -> nn.Module:
     """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``."""
     method = method_of(plan)
     method.check(plan)
-    return apply_plan(net, plan, method.make_input, method.make_weight, method.make_tensor)
+    share = not method.chooses_bits  # a layer's bits may leave those of the tensor
+    return apply_plan(net, plan, method.make_input, method.make_weight, method.make_tensor, share)

@@ -273,7 +273,9 @@ def key_of(site: str) -> str:
     return site.replace('.', '-')
 
 
-def add_tensor_quantizers(net: nn.Module, plan: Plan, make: Callable[[TensorPlan], Quantizer]) -> None:
+def add_tensor_quantizers(
+    net: nn.Module, plan: Plan, make: Callable[[TensorPlan], Quantizer], share: bool = True
+) -> None:
     """Give ``net`` the quantizers of the plan's tensors, in place.
 
     A tensor that feeds a layer whose input has as many bits takes that layer's own input quantizer, and all such layers
@@ -283,12 +285,13 @@ def add_tensor_quantizers(net: nn.Module, plan: Plan, make: Callable[[TensorPlan
         net: The network, its layers replaced already.
         plan: With :attr:`Plan.tensors`.
         make: Builds the quantizer of a tensor that shares none.
+        share: False gives every tensor a quantizer of its own.
     """
     held = nn.ModuleDict()
     modules = dict(net.named_modules())
     for tensor in plan.tensors:
         layers = [modules[name] for name in tensor.feeds]
-        shared = [layer for layer in layers if _bits(layer) == tensor.bits]
+        shared = [layer for layer in layers if share and _bits(layer) == tensor.bits]
         quantizer = shared[0].input_quantizer if shared else make(tensor)
         for layer in shared:
             layer.input_quantizer = quantizer

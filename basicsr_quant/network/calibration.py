@@ -96,6 +96,12 @@ def observe(
     return seen
 
 
+def set_tensor_ranges(net: nn.Module, seen: Observations) -> None:
+    """Give the quantizers of tensors what :func:`observe` saw; no method has a say in them."""
+    for name, quantizer in tensor_quantizers(net).items():
+        quantizer.set_range(*seen.tensors[name].range())
+
+
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Within it ``net`` is in eval mode; afterwards every module is in its own mode again."""

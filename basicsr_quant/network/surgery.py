@@ -24,6 +24,7 @@ def apply_plan(
     make_input: QuantizerFactory,
     make_weight: QuantizerFactory,
     make_tensor: Callable[[TensorPlan], Quantizer] | None = None,
+    share_tensors: bool = True,
 ) -> nn.Module:
     """Replace the planned layers of ``net`` in place by quantized ones and return it.
 
@@ -35,6 +36,7 @@ def apply_plan(
         plan: From :func:`make_plan` or a checkpoint.
         make_input, make_weight: Build the quantizer of a layer's input and weight.
         make_tensor: Builds the quantizer of a tensor of :attr:`Plan.tensors`.
+        share_tensors: Let a layer's input quantizer be its tensor's, where both have the same bits.
 
     Raises:
         QuantError: if the plan names a layer that the network lacks, or one of another type.
@@ -60,7 +62,7 @@ def apply_plan(
             parent, _, child = name.rpartition('.')
             setattr(modules[parent], child, twins[id(module)])
     if plan.tensors and make_tensor is not None:
-        add_tensor_quantizers(net, plan, make_tensor)
+        add_tensor_quantizers(net, plan, make_tensor, share_tensors)
     net._quant_context = context  # type: ignore[assignment]
     net.register_forward_pre_hook(begin_pass, with_kwargs=True)
     return net
