@@ -27,6 +27,7 @@ setup(
         'basicsr': ['basicsr==1.4.2', 'torchvision', 'lmdb', 'opencv-python', 'tqdm'],
         'spandrel': ['spandrel==0.4.2'],  # network_g: {type: Spandrel}; Python 3.10 and newer
         'safetensors': ['safetensors'],
+        'deploy': ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20', 'openvino>=2025.0'],
         'mmagic': ['mmagic', 'mmcv', 'mmengine'],
         'test': ['pytest', 'hypothesis', 'ruff', 'mypy'],
     },

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Union
 
 from torch import nn
 
 from .errors import QuantError, nearest
 from .methods import METHODS, method_of, settings_of
+from .network.additions import tensors_of
 from .network.equalization import equalizable
 from .network.folding import foldable
 from .network.plan import FLOAT_BITS, Plan
@@ -57,6 +58,7 @@ class QuantConfig:
     w_bits: int = 8
     a_bits: int = 8
     scope: str = 'body'
+    skip: str = 'fp'
     layers: Mapping[str, LayerRule] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     attention: bool = False
@@ -98,7 +100,10 @@ class QuantConfig:
             )
         method = method_of(plan)
         method.check(plan)
-        return method.complete_plan(plan, net)
+        plan = method.complete_plan(plan, net)
+        if self.skip == 'quantized':
+            plan = replace(plan, tensors=tensors_of(net, traced.input_shape, plan))
+        return plan
 
     def _changes(self, plan: Plan, net: nn.Module, traced: NetworkTrace, training: bool) -> dict[str, dict[str, str]]:
         """What happens to the FP32 network before it is quantized."""
@@ -121,7 +126,7 @@ class _Scalars:
     w_bits: int = 8
     a_bits: int = 8
     scope: str = option('body', choices=('body', 'all'))
-    skip: str = option('fp', choices=('fp',))
+    skip: str = option('fp', choices=('fp', 'quantized'))
     attention: bool = False
     w_granularity: Optional[str] = option(None, choices=('tensor', 'channel'))  # noqa: UP045 (as above)
     zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045
@@ -176,6 +181,7 @@ def read_config(block: Any) -> QuantConfig:
         w_bits=w_bits,
         a_bits=a_bits,
         scope=scalars.scope,
+        skip=scalars.skip,
         layers=_read_layers(block.get('layers')),
         settings=settings,
         attention=scalars.attention,
@@ -189,6 +195,8 @@ def read_config(block: Any) -> QuantConfig:
 
 def _check_method(method: str, scalars: _Scalars) -> None:
     cls = METHODS[method]
+    if scalars.skip == 'quantized' and not cls.is_static:
+        raise QuantError(f"quant.skip: 'quantized' given, but method {method!r} has ranges of its own for every image")
     if scalars.zero_point is not None and scalars.zero_point not in cls.zero_points:
         allowed = ' | '.join(cls.zero_points)
         raise QuantError(f'quant.zero_point: {scalars.zero_point!r} given, allowed with method {method!r}: {allowed}')

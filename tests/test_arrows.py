@@ -16,6 +16,7 @@ BELOW = {  # each room and the ones it may know
     'network': {'quantizers', 'nn'},
     'methods': {'quantizers', 'nn', 'network'},
     'cost': {'network'},
+    'deploy': {'quantizers', 'nn', 'network', 'methods', 'cost'},
 }
 HOSTS = {'basicsr', 'mmagic', 'mmengine', 'torchvision', 'cv2'}
 COMMON = {'errors', 'random_state', 'registry', 'schema', 'version'}

@@ -149,7 +149,7 @@ REFUSED = [
     # the other scalars
     ({**ODM, 'scope': 'al'}, "quant.scope: 'al' given", ["did you mean 'all'?", 'body | all']),
     ({**ODM, 'scope': None}, 'quant.scope: None given', ['body | all']),
-    ({**ODM, 'skip': 'none'}, "quant.skip: 'none' given", ['allowed: fp']),
+    ({**ODM, 'skip': 'none'}, "quant.skip: 'none' given", ['allowed: fp | quantized']),
     ({**ODM, 'w_granularity': 'channels'}, "quant.w_granularity: 'channels' given", ["'channel'", 'tensor | channel']),
     ({**ODM, 'zero_point': 'int'}, "quant.zero_point: 'int' given", ['float | integer']),
     ({**ODM, 'zero_point': 0}, 'quant.zero_point: 0 given', ['float | integer']),
@@ -202,7 +202,7 @@ REFUSED = [
     ({'method': 'percentile', 'percentile': 99.0}, 'quant.percentile must hold', ['not 99.0']),
     ({'method': 'none', 'none': {'x': 1}}, 'quant.none.x is not an option', ['it has no options']),
     # documented, but not in this version
-    ({**ODM, 'skip': 'quantized'}, "quant.skip: 'quantized' given", ['allowed: fp']),
+    ({'method': 'daq', 'skip': 'quantized'}, "quant.skip: 'quantized' given", ["method 'daq'", 'every image']),
     ({**ODM, 'patch': {'size': 96, 'stride': 97}}, 'quant.patch.stride: 97 given', ['at most quant.patch.size = 96']),
     ({**ODM, 'patch': {'size': 4}}, 'quant.patch.size: 4 given', ['at least 8']),
     ({**ODM, 'patch': 96}, 'quant.patch must hold', ['size stride']),

@@ -11,7 +11,7 @@ from .. import option_file
 from ..errors import QuantError
 
 name = 'bench'
-help = 'time and memory of the training step, or of a calibration, over the plain network, as ratios in one run'
+help = 'time and memory of the training step or a calibration, or with --deploy of every engine, as ratios in one run'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--threads', type=int, help='threads of torch (default: torch\'s own choice)')
     parser.add_argument('--calibration', type=int, metavar='N', help='not the training step: a calibration with N '
                         'random images of side --patch (default 96) over plain forward passes on them')
+    parser.add_argument('--deploy', action='store_true', help='latency in every engine instead')
+    parser.add_argument('--size', type=int, nargs=2, default=(180, 320), metavar=('HEIGHT', 'WIDTH'),
+                        help='with --deploy: LQ image (default: 180 320)')
+    parser.add_argument('--rounds', type=int, default=5, help='with --deploy: rounds (default: 5)')
+    parser.add_argument('--checkpoint', metavar='FILE', help='with --deploy: a quantized checkpoint (default: ranges '
+                        'from noise, which takes the same time)')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
 
 
@@ -41,6 +47,9 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     if args.calibration is not None:
         _calibration(raw, args)
+        return
+    if args.deploy:
+        _deploy(raw, args)
         return
     net, batch = _network(raw), _batch(raw, args)
     methods = args.methods or [(raw.get('quant') or {}).get('method')]
@@ -96,6 +105,44 @@ def _calibration(raw: dict[str, Any], args: argparse.Namespace) -> None:
     print(f'basicsr bench -opt {args.opt}: calibration with {len(images)} images of {shape} on {device}, '
           f'{torch.get_num_threads()} threads, {args.pairs} pairs in turn; plain passes {found.plain_seconds:.2f} s')
     print(markdown(['method', 'time (median)', 'least-greatest pair', 'peak memory'], rows))
+
+
+def _deploy(raw: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print latencies in every engine."""
+    import torch
+
+    from ..deploy import bench
+    from ..deploy.onnx_file import need
+    from ..methods import method_of, quantize
+    from ..models.deployment import load_quantized
+    from ..models.preparation import build_float
+    from ..network.trace import trace
+    from ..report.tables import markdown
+    from ..seam import import_components
+
+    if args.rounds < 1 or min(args.size) < 1:
+        raise QuantError(f'--rounds {args.rounds}, --size {args.size[0]} {args.size[1]}: numbers of at least 1 needed')
+    need('onnx', 'onnxscript', 'onnxruntime')
+    import_components(raw.get('imports'))
+    if args.checkpoint:
+        net, plan, source = load_quantized(raw, args.checkpoint, os.getcwd())
+    else:
+        net, source = build_float(raw['network_g']), 'ranges from noise'
+        plan = _plan(raw, net, (raw.get('quant') or {}).get('method'))
+        channels = trace(net).input_shape[1]
+        quantize(net, plan)
+        method_of(plan).calibrate(net, [torch.rand(1, channels, 48, 48, generator=torch.Generator().manual_seed(0))])
+    image = torch.rand(1, trace(net).input_shape[1], *args.size, generator=torch.Generator().manual_seed(1))
+    if bench.has_int8_instructions() is False:
+        print('WARNING: this processor has no VNNI or AMX instructions; int8 gains little on it')
+    rows, lowered = bench.compare(net.eval(), plan, image, args.rounds, threads=args.threads, report=print)
+    threads = args.threads or 'default'
+    print(f'basicsr bench --deploy -opt {args.opt}: {source}, input {"x".join(map(str, image.shape))}, '
+          f'{threads} threads, medians of {args.rounds} rounds in turn')  # fmt: skip
+    print(markdown(*bench.table(rows)))
+    share, bound = bench.amdahl(lowered, trace(net, tuple(image.shape), compute=False))
+    print(f"{100 * share:.1f} % of the MACs run in integers in ONNX Runtime's file; at {bench.GAIN:g}x for those, "
+          f'at most {bound:.2f}x over its fp32 (Amdahl)')  # fmt: skip
 
 
 def _network(raw: dict[str, Any]) -> Any:

@@ -69,6 +69,7 @@ class AdaBM(Method):
     """
 
     name = 'adabm'
+    is_static = False
     Options = AdaBMOptions
     has_reference_compat = True
 

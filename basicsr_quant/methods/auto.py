@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..network.bit_allocation import allocate_bits
-from ..network.calibration import Observations, evaluating, observe
+from ..network.calibration import Observations, evaluating, observe, set_tensor_ranges
 from ..network.input_moments import columns_wanted, input_moments, moment_groups
 from ..network.plan import LayerPlan
 from ..network.stages import Stages
@@ -182,6 +182,7 @@ class _Search:
         seen = observe(self.net, self._within(self.images, self.left / 3), self.method.make_observer)
         if not seen.images and self.layers:
             raise QuantError('quant.calibration: the data set gave no image')
+        set_tensor_ranges(self.net, seen)
         self.names = [name for name in self.layers if name in seen.stds]
         idle = [name for name in self.layers if name not in seen.stds and name in seen.observers]
         if idle:

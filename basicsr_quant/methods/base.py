@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..network.calibration import Observations, observe
+from ..network.calibration import Observations, observe, set_tensor_ranges
 from ..network.folding import fold_batch_norms
-from ..network.plan import LayerPlan, Plan
+from ..network.plan import LayerPlan, Plan, TensorPlan
 from ..network.stages import Stages
 from ..network.surgery import apply_plan, quant_layers, quantizers
-from ..quantizers import OBSERVERS, NetworkMeasure, Observer, Quantizer, RelativeRange
+from ..quantizers import OBSERVERS, LearnedRange, NetworkMeasure, Observer, Quantizer, RelativeRange
 from ..registry import Registry
 from ..schema import option, read
 
@@ -59,6 +59,7 @@ class Method:
         chooses_bits: Whether calibration may give layers other bits than the plan says.
         takes_products: Whether its input quantizers do for operands of matrix products (``quant.attention``).
         changes_weights: Whether calibration changes weights and biases, not ranges alone.
+        is_static: Whether ranges and bits are the same for every image, which ``skip: quantized`` and export need.
         has_reference_compat: Whether published code exists whose faults ``reference_compat`` reproduces.
     """
 
@@ -71,6 +72,7 @@ class Method:
     changes_weights: ClassVar[bool] = False
     has_reference_compat: ClassVar[bool] = False
     takes_products: ClassVar[bool] = False
+    is_static: ClassVar[bool] = True
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.zero_point: str = settings['zero_point']
@@ -110,6 +112,10 @@ class Method:
         """Build what the network measures of its whole input for its quantizers, by name."""
         return {}
 
+    def make_tensor(self, tensor: TensorPlan) -> Quantizer:
+        """Build the quantizer of a tensor that no layer's input quantizer stands for: its calibrated extremes."""
+        return LearnedRange(tensor.bits, learn=False, zero_point='integer')
+
     def range_shape(self, module: nn.Module) -> tuple[int, ...]:
         """Shape of a weight's range: () per tensor, (C, 1, ..., 1) per output channel."""
         weight = module.weight
@@ -145,6 +151,7 @@ class Method:
         idle = [name for name in seen.observers if name not in seen.stds]
         if idle:
             logger.warning('Calibration never reached %d layers, which keep an unset range: %s.', len(idle), idle)
+        set_tensor_ranges(net, seen)
         for name, layer in stages.over('setting ranges', list(quant_layers(net).items())):
             if name in seen.stds:
                 self.start_input(layer.input_quantizer, seen.observers[name])
@@ -265,6 +272,14 @@ def quantize(net: nn.Module, plan: Plan) -> nn.Module:
     method = method_of(plan)
     method.check(plan)
     fold_batch_norms(net, plan.settings.get('folded', {}))
-    net = apply_plan(net, plan, method.make_input, method.make_weight, method.make_measures(plan))
+    net = apply_plan(
+        net,
+        plan,
+        method.make_input,
+        method.make_weight,
+        method.make_measures(plan),
+        method.make_tensor,
+        share_tensors=not method.chooses_bits,  # a layer's bits may leave those of the tensor
+    )
     method.complete(net, plan)
     return net

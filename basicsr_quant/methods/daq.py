@@ -81,6 +81,7 @@ class DAQ(Method):
     """
 
     name = 'daq'
+    is_static = False
     Options = DAQOptions
     zero_points = ('float',)
     has_reference_compat = True

@@ -166,6 +166,13 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
         raise QuantError(
             f'{file.path} was made with {_output(theirs)}, the option file and this network give {_output(plan)}'
         )
+    if theirs.tensors != plan.tensors:
+        kind = ['quantized' if one.tensors else 'fp' for one in (theirs, plan)]
+        same = kind[0] == kind[1]
+        raise QuantError(
+            f"{file.path} was made with quant.skip '{kind[0]}'"
+            + (' for other tensors than this network has' if same else f", the option file says '{kind[1]}'")
+        )
     theirs_folded, folded = (p.settings.get('folded', {}) for p in (theirs, plan))
     if theirs_folded != folded:
         raise QuantError(

@@ -56,7 +56,7 @@ def prepare(
     plan = config.plan(net, traced, training=is_train)
     name = f'debug_{raw["name"]}' if debug and not raw['name'].startswith('debug') else raw['name']
     experiment = os.path.join(root, 'experiments', name)
-    path, key, note = _choose_checkpoint(raw, command, experiment, plan, is_train, asked.get('checkpoint'))
+    path, key, note = choose_checkpoint(raw, command, experiment, plan, is_train, asked.get('checkpoint'))
     if not resuming:
         file = None
         if path is not None:
@@ -130,7 +130,7 @@ def _check_model(model_type: str, config: QuantConfig, is_train: bool) -> None:
         )
 
 
-def _choose_checkpoint(
+def choose_checkpoint(
     raw: Mapping[str, Any], command: str, experiment: str, plan: Plan, is_train: bool, asked: str | None
 ) -> tuple[str | None, str | None, str]:
     """Which network file, which entry of it, and a sentence that says so."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..quantizers import Observer, Quantizer
-from .surgery import floating_point, quant_layers
+from ..quantizers import MinMaxObserver, Observer, Quantizer
+from .surgery import floating_point, quant_layers, tensor_quantizers
 
 logger = logging.getLogger('basicsr')
 
@@ -31,6 +31,7 @@ class Observations:
 
     Attributes:
         observers: By name of the quantized layer, the observer of its input.
+        tensors: By name, the observers of tensors that are quantized where they are made.
         stds: By name of the layer, the mean over batches of its input's standard deviation.
         feature_scale: c, the network's feature scale relative to a 0-255 one: the median of ``stds`` over
             :data:`REFERENCE_STD`. 1.0 for a network without quantized inputs.
@@ -39,6 +40,7 @@ class Observations:
     """
 
     observers: dict[str, Observer] = field(default_factory=dict)
+    tensors: dict[str, Observer] = field(default_factory=dict)
     stds: dict[str, float] = field(default_factory=dict)
     feature_scale: float = 1.0
     images: int = 0
@@ -81,6 +83,13 @@ def observe(
                 also(name, inputs[0])
 
         handles.append(layer.input_quantizer.register_forward_pre_hook(hook))
+    for name, quantizer in tensor_quantizers(net).items():
+        watcher = seen.tensors[name] = MinMaxObserver()
+
+        def watch(_: nn.Module, inputs: tuple[Tensor, ...], watcher: Observer = watcher) -> None:
+            watcher.update(inputs[0])
+
+        handles.append(quantizer.register_forward_pre_hook(watch))
     device = next((p.device for p in net.parameters()), torch.device('cpu'))
     try:
         with evaluating(net), floating_point(net):
@@ -115,6 +124,12 @@ def _moments(name: str, x: Tensor) -> tuple[float, float]:
         low, high = x.aminmax()
         std = 0.0 if low == high else std
     return float(mean), std
+
+
+def set_tensor_ranges(net: nn.Module, seen: Observations) -> None:
+    """Give the quantizers of tensors what :func:`observe` saw; no method has a say in them."""
+    for name, quantizer in tensor_quantizers(net).items():
+        quantizer.set_range(*seen.tensors[name].range())
 
 
 @contextmanager

@@ -50,16 +50,36 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class TensorPlan:
+    """A tensor that is quantized where it is made, so that residual additions run in integers.
+
+    Args:
+        tensor: The layer whose output it is, or the function that makes it, e.g. ``body.0/add.0``.
+        bits: Bits of its grid.
+        kind: ``sum`` (an addition's result), ``skip`` (an operand that other layers take too), ``branch`` (an operand
+            that goes to one addition only).
+        feeds: Quantized layers that take it as their input.
+    """
+
+    tensor: str
+    bits: int
+    kind: str
+    feeds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of a whole network: its layers in the order in which the network registers them.
 
     ``settings`` holds, as plain data, everything else that the quantizers depend on (method, zero point,
     granularity, method options), so that a checkpoint can be rebuilt and compared without its option file.
+    ``tensors`` are the tensors quantized under ``skip: quantized``, in the order of a pass.
     """
 
     method: str
     layers: tuple[LayerPlan, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    tensors: tuple[TensorPlan, ...] = ()
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -77,11 +97,17 @@ class Plan:
 
     def to_plain(self) -> dict[str, Any]:
         """Return dictionaries, lists, strings and numbers only: what a checkpoint or a JSON file can hold."""
-        return {'method': self.method, 'layers': [asdict(layer) for layer in self.layers], 'settings': self.settings}
+        plain = {'method': self.method, 'layers': [asdict(layer) for layer in self.layers], 'settings': self.settings}
+        tensors = [{**asdict(tensor), 'feeds': list(tensor.feeds)} for tensor in self.tensors]
+        return {**plain, 'tensors': tensors} if tensors else plain
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Plan:
         """Rebuild a plan from :meth:`to_plain`; keys added by a newer version are ignored."""
         known = {f.name for f in fields(LayerPlan)}
         layers = tuple(LayerPlan(**{k: v for k, v in layer.items() if k in known}) for layer in plain['layers'])
-        return cls(method=plain['method'], layers=layers, settings=dict(plain.get('settings', {})))
+        tensors = tuple(
+            TensorPlan(tensor['tensor'], tensor['bits'], tensor['kind'], tuple(tensor['feeds']))
+            for tensor in plain.get('tensors', ())
+        )
+        return cls(plain['method'], layers, dict(plain.get('settings', {})), tensors)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import QuantError
 from ..nn import QUANTIZED_TWINS, QuantLayer, quantized_products
 from ..quantizers import NetworkMeasure, QuantContext, Quantizer
-from .plan import FLOAT_BITS, LayerPlan, Plan
+from .additions import CONTAINER, add_tensor_quantizers
+from .plan import FLOAT_BITS, LayerPlan, Plan, TensorPlan
 
 QuantizerFactory = Callable[[LayerPlan, nn.Module], Quantizer]
 
@@ -23,6 +24,8 @@ def apply_plan(
     make_input: QuantizerFactory,
     make_weight: QuantizerFactory,
     measures: Mapping[str, NetworkMeasure] | None = None,
+    make_tensor: Callable[[TensorPlan], Quantizer] | None = None,
+    share_tensors: bool = True,
 ) -> nn.Module:
     """Replace the planned layers of ``net`` in place by quantized ones and return it.
 
@@ -34,6 +37,8 @@ def apply_plan(
         plan: From :func:`make_plan` or a checkpoint.
         make_input, make_weight: Build the quantizer of a layer's input and weight.
         measures: What quantizers read of the network's input, by name; becomes ``net.quant_measures``.
+        make_tensor: Builds the quantizer of a tensor of :attr:`Plan.tensors`.
+        share_tensors: Let a layer's input quantizer be its tensor's, where both have the same bits.
 
     Raises:
         QuantError: if the plan names a layer that the network lacks, or one of another type.
@@ -77,6 +82,8 @@ def apply_plan(
             setattr(owner, child, twins[id(module)])
     if measures:
         net.quant_measures = nn.ModuleDict(measures).to(next(net.parameters()).device)
+    if plan.tensors and make_tensor is not None:
+        add_tensor_quantizers(net, plan, make_tensor, share_tensors)
     net._quant_context = context  # type: ignore[assignment]
     net.register_forward_pre_hook(begin_pass, with_kwargs=True)
     return net
@@ -102,8 +109,12 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
 
 
 def quant_state(net: nn.Module) -> list[str]:
-    """Names of the modules that quantization added to ``net``: quantizers, and measures of the whole network."""
-    return [name for name, m in net.named_modules() if isinstance(m, (Quantizer, NetworkMeasure))]
+    """Names of the modules that quantization added to ``net``: quantizers, and measures of the whole network.
+
+    A quantizer that stands under two names, a layer's and a tensor's, has both here, as in the state dict.
+    """
+    every = net.named_modules(remove_duplicate=False)
+    return [name for name, m in every if isinstance(m, (Quantizer, NetworkMeasure))]
 
 
 def plan_in_force(net: nn.Module, plan: Plan) -> Plan:
@@ -119,6 +130,11 @@ def plan_in_force(net: nn.Module, plan: Plan) -> Plan:
         return dataclasses.replace(layer, a_bits=a_bits, w_bits=w_bits)
 
     return dataclasses.replace(plan, layers=tuple(bits(layer) for layer in plan))
+
+
+def tensor_quantizers(net: nn.Module) -> dict[str, Quantizer]:
+    """Quantizers of tensors by name, without those that are a layer's input quantizer too."""
+    return {name: q for name, q in quantizers(net).items() if name.startswith(f'{CONTAINER}.')}
 
 
 @contextmanager

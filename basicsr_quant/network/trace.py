@@ -168,7 +168,8 @@ def _default_shapes(net: nn.Module) -> list[tuple[int, ...]]:
     raise QuantError(f'{type(net).__name__} has neither a convolution nor a linear layer, so there is nothing to list')
 
 
-def _run_on_meta(net: nn.Module, shape: tuple[int, ...]) -> Recording:
+def shapes_only(net: nn.Module) -> nn.Module:
+    """A copy of ``net`` on the meta device, in evaluation mode: it computes shapes and no values."""
     memo: dict[int, object] = {}
     for module in net.modules():
         for parameter in module.parameters(recurse=False):
@@ -176,10 +177,14 @@ def _run_on_meta(net: nn.Module, shape: tuple[int, ...]) -> Recording:
         held = [v for v in vars(module).values() if isinstance(v, Tensor) and v.grad_fn is not None]
         for tensor in [*module.buffers(recurse=False), *held]:  # ``held``: deepcopy refuses what has a history
             memo[id(tensor)] = torch.empty_like(tensor, device='meta', requires_grad=False)
-    shapes_only = copy.deepcopy(net, memo)  # the memo stands in for every tensor: no weight is copied
-    for module in shapes_only.modules():
+    twin = copy.deepcopy(net, memo)  # the memo stands in for every tensor: no weight is copied
+    for module in twin.modules():
         module.training = False
-    return record(shapes_only, torch.empty(shape, device='meta', dtype=_dtype(net)))
+    return twin
+
+
+def _run_on_meta(net: nn.Module, shape: tuple[int, ...]) -> Recording:
+    return record(shapes_only(net), torch.empty(shape, device='meta', dtype=_dtype(net)))
 
 
 def on_small_image(net: nn.Module, run: Callable[[nn.Module, Tensor], Result]) -> Result:

@@ -8,7 +8,15 @@ from .fake_quantize import align_zero_point, fake_quantize, num_steps
 from .image_bits import ImageBits, complexity
 from .learned_range import LearnedRange
 from .learned_step import LearnedStep
-from .observers import OBSERVERS, MSEObserver, Observer, PercentileObserver, percentile, search_mse_range
+from .observers import (
+    OBSERVERS,
+    MinMaxObserver,
+    MSEObserver,
+    Observer,
+    PercentileObserver,
+    percentile,
+    search_mse_range,
+)
 from .offset_range import OffsetRange
 from .quantizer import Quantizer, RelativeRange
 from .standardized import allocate_bits, channel_statistics, quantize_standardized, quantize_statistics
@@ -27,6 +35,7 @@ __all__ = [
     'LearnedStep',
     'MSEObserver',
     'MaxAbsWeight',
+    'MinMaxObserver',
     'NetworkMeasure',
     'Observer',
     'OffsetRange',

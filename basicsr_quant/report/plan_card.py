@@ -37,7 +37,7 @@ def plan_card(trace: NetworkTrace, plan: Plan, *, show_all: bool = False) -> str
     settings = [f'{key} {value}' for key, value in plan.settings.items() if value and not isinstance(value, dict)]
     heading = f'{", ".join(["method " + plan.method, *settings])}; MACs for an input of {_times(trace.input_shape[1:])}'
     floating = _floating([planned[name] for name in names])
-    changes = [*_changes(trace, plan), *_output(plan)]
+    changes = [*_changes(trace, plan), *_tensors(plan), *_output(plan)]
     return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *changes, *floating])
 
 
@@ -97,6 +97,8 @@ def _output(plan: Plan) -> list[str]:
         return []
     clamps = [str(FinalClamp(**clamp)) for clamp in output['clamps']]
     return [f'taken out: {", ".join(clamps)}; the output is quantized instead, 8 bits']
+
+
 def _changes(trace: NetworkTrace, plan: Plan) -> list[str]:
     """What happens to the network in floating point first: BatchNorms folded, ranges equalized."""
     lines = []
@@ -113,6 +115,17 @@ def _changes(trace: NetworkTrace, plan: Plan) -> list[str]:
     elif pairs is not None:
         lines.append('equalized weight ranges: none; no two quantized layers have only ReLU-like steps between')
     return lines
+
+
+def _tensors(plan: Plan) -> list[str]:
+    """Tensors that are quantized where they are made, one line for each kind."""
+    kinds = {'sum': 'results of additions', 'skip': 'operands that layers take too', 'branch': 'other operands'}
+    lines = []
+    for kind, words in kinds.items():
+        names = [tensor.tensor for tensor in plan.tensors if tensor.kind == kind]
+        if names:
+            lines.append(f'  {words}: {", ".join(map(span, by_pattern(names)))}')
+    return [f'{len(plan.tensors)} tensors around additions at {plan.tensors[0].bits} bits:', *lines] if lines else []
 
 
 def _floating(layers: Sequence[LayerPlan]) -> list[str]:

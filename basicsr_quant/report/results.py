@@ -101,6 +101,7 @@ class ResultWriter:
             'calibration': self.calibration,
             'cost': None if self.cost is None else self.cost.to_plain(),
             'plan': [vars(layer) for layer in self.plan or ()],
+            'tensors': [vars(tensor) for tensor in (self.plan.tensors if self.plan else ())],
             'versions': versions(),
         }
         return _finite(plain)

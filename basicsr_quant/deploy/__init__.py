@@ -1,0 +1,1 @@
+"""From a quantized network to files that run in integers: plan, ONNX, parity, engines, tiles."""

@@ -1,0 +1,146 @@
+"""From a quantized network to a graph whose quantizers are integer grids: modules swapped on a copy, then exported."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import QuantError
+from ..network.surgery import quant_layers
+from ..quantizers import Quantizer
+from . import lowering
+from .grids import Grid, WeightCodes, activation_grid, weight_codes
+from .operators import ACTIVATION, CONSTANT
+
+LARGEST = 8192
+"""Largest height and width in pixels that the file promises to take."""
+
+
+class _Activation(nn.Module):
+    """Stands in for a quantizer while the network is exported."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATION(x, *self.grid.arguments())
+
+
+class _Weight(nn.Module):
+    """Stands in for a weight quantizer: codes and scale instead of the weight."""
+
+    def __init__(self, found: WeightCodes) -> None:
+        super().__init__()
+        self.register_buffer('codes', found.codes)
+        self.register_buffer('scale', found.scale)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return CONSTANT(self.codes, self.scale)
+
+
+@dataclass
+class IntegerPlan:
+    """A network as an engine is to compute it.
+
+    Attributes:
+        graph: Runs in PyTorch as it stands (float arithmetic on the grids' values); its operators are aten's and the
+            two of :mod:`.operators`. Input (1, C, H, W) in the network's own pixel range.
+        engine: Who it is for.
+        activations: By quantizer name, the grids.
+        weights: By layer, the codes.
+        nodes: Every convolution, matrix product and addition, and whether it runs in integers.
+        shape: An input shape that it runs on.
+        dynamic: Whether height and width may change.
+    """
+
+    graph: fx.GraphModule
+    engine: str
+    activations: dict[str, Grid]
+    weights: dict[str, WeightCodes]
+    nodes: list[lowering.NodeReport]
+    shape: tuple[int, ...]
+    dynamic: bool
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def realigned(self) -> list[str]:
+        """Names of the grids that are not the checkpoint's own."""
+        moved = [name for name, grid in self.activations.items() if grid.shift]
+        return moved + [f'{name}.weight' for name, found in self.weights.items() if found.error]
+
+
+def integer_plan(
+    net: nn.Module, shape: tuple[int, ...], engine: str = 'onnxruntime', *, dynamic: bool = True,
+    leave_out: Callable[[str], bool] = lambda name: False,
+) -> IntegerPlan:
+    """Read the grids of a calibrated network and lower it to integers. ``net`` stays as it is.
+
+    Args:
+        net: A network after :func:`basicsr_quant.methods.quantize`, with ranges, on any device.
+        shape: An input shape (1, C, H, W) that it takes.
+        engine: One of :data:`.grids.ENGINES`.
+        dynamic: Export height and width as free dimensions.
+        leave_out: Names of quantizers that the engine would not execute.
+
+    Raises:
+        QuantError: if a layer has no range, or none that an integer engine can have, or if the network's forward
+            cannot be exported.
+    """
+    twin = copy.deepcopy(net).cpu().float().eval()
+    activations: dict[str, Grid] = {}
+    weights: dict[str, WeightCodes] = {}
+    left_out = []
+    for name, layer in quant_layers(twin).items():
+        if isinstance(layer.weight_quantizer, Quantizer):
+            weights[name] = weight_codes(name, layer.weight, layer.weight_quantizer)  # type: ignore[arg-type]
+            layer.weight_quantizer = _Weight(weights[name])  # type: ignore[assignment]
+    known: dict[int, _Activation | nn.Identity] = {}
+    for name, module in list(twin.named_modules(remove_duplicate=False)):
+        if not isinstance(module, Quantizer):
+            continue
+        if id(module) not in known:
+            if leave_out(name):
+                known[id(module)] = nn.Identity()
+                left_out.append(name)
+            else:
+                activations[name] = activation_grid(name.removesuffix('.input_quantizer'), module, engine)
+                known[id(module)] = _Activation(activations[name])
+        parent, _, child = name.rpartition('.')
+        setattr(twin.get_submodule(parent), child, known[id(module)])
+    if not weights and not activations:
+        raise QuantError('this network has no quantized layer; `basicsr export` wants a quantized checkpoint')
+    graph = _export(twin, shape, dynamic)
+    nodes = lowering.lower(graph, engine)
+    return IntegerPlan(graph, engine, activations, weights, nodes, shape, dynamic, left_out)
+
+
+def float_graph(net: nn.Module, shape: tuple[int, ...], dynamic: bool = True) -> fx.GraphModule:
+    """The graph of a network in floating point, for comparisons."""
+    return _export(copy.deepcopy(net).cpu().float().eval(), shape, dynamic)
+
+
+def _export(net: nn.Module, shape: tuple[int, ...], dynamic: bool) -> fx.GraphModule:
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    dims = {2: torch.export.Dim('height', min=2, max=LARGEST), 3: torch.export.Dim('width', min=2, max=LARGEST)}
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter('ignore')
+            program = torch.export.export(net, (image,), dynamic_shapes=(dims,) if dynamic else None, strict=False)
+            exported = program.run_decompositions({}).module(check_guards=False)
+    except Exception as error:  # anything may go wrong in a forward that was not written for tracing
+        said = ' '.join(str(error).split())[:200]
+        hint = '; a file for one size of image may do: --size HEIGHT WIDTH' if dynamic else ''
+        raise QuantError(
+            f'{type(net).__name__} cannot be exported by torch: {type(error).__name__}: {said}{hint}'
+        ) from None
+    graph = fx.GraphModule(exported, exported.graph)  # an ordinary module again, which has a mode
+    lowering.drop_no_ops(graph)
+    return graph.eval()

@@ -1,0 +1,355 @@
+"""Graph passes: one quantizer per tensor, scales folded, integer biases; and what stays in floating point, and why."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from .operators import ACTIVATION, CONSTANT, INTEGERS
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv2d.default, aten.linear.default)
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+ADDITIONS = (aten.add.Tensor,)
+SHUFFLES = (aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
+_SAME_DTYPE = (aten.type_as.default, aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
+_EXACT_FLOAT32 = 2**24
+"""Below this every whole number is a float32."""
+_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One convolution, matrix product or addition.
+
+    Args:
+        name: Of the node in the graph, and in the file.
+        kind: ``conv2d``, ``linear``, ``matmul``, ``add`` ...
+        layer: Name of the layer whose weight it has, or ''.
+        integer: Whether the plan has it run in integers.
+        why: Why it stays in floating point, or ''.
+    """
+
+    name: str
+    kind: str
+    layer: str
+    integer: bool
+    why: str = ''
+
+
+def lower(graph: fx.GraphModule, engine: str) -> list[NodeReport]:
+    """Rewrite ``graph`` in place into what integer engines fuse, and report its nodes.
+
+    The biases of layers that an engine runs in integers become int32; for ONNX Runtime, layers with quantized input and
+    weight whose output stays in floating point become exact sums, see :func:`_exact_sums`.
+    """
+    _fold_factors(graph)
+    if engine == 'onnxruntime':
+        _rectify_codes(graph)
+    _move_before_shuffles(graph)
+    _merge(graph)
+    if engine == 'onnxruntime':
+        _repeat_behind_shuffles(graph)
+    _integer_biases(graph)
+    graph.graph.eliminate_dead_code()
+    reports = [_report(graph, node, engine) for node in graph.graph.nodes if _counts(node)]
+    if engine == 'onnxruntime':
+        _exact_sums(graph, {report.name for report in reports if not report.integer})
+        graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return reports
+
+
+def drop_no_ops(graph: fx.GraphModule) -> None:
+    """Take out casts to the type that is there, copies, and factors of 1."""
+    for node in list(graph.graph.nodes):
+        if node.op != 'call_function':
+            continue
+        is_copy = node.target in (*_COPIES, aten.dropout.default)
+        is_cast = node.target in _SAME_DTYPE and _dtype(node) == _dtype(node.args[0])
+        is_one = node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1
+        if is_copy or is_cast or is_one:
+            _bypass(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def source(node: Any) -> Node | None:
+    """The quantizer that a tensor comes from, seen through pixel shuffles; None for a tensor in floating point."""
+    while isinstance(node, Node) and node.target in SHUFFLES:
+        node = node.args[0]
+    return node if isinstance(node, Node) and node.target is ACTIVATION else None
+
+
+def attribute(graph: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor behind a ``get_attr`` node."""
+    if not isinstance(node, Node) or node.op != 'get_attr':
+        return None
+    found: Any = graph
+    for part in str(node.target).split('.'):
+        found = getattr(found, part)
+    return found if isinstance(found, Tensor) else None
+
+
+def weight_of(graph: fx.GraphModule, node: Node) -> tuple[Tensor, Tensor] | None:
+    """Codes and scale of the weight of a convolution or linear layer, None where it is in floating point."""
+    weight = node.args[1]
+    if not isinstance(weight, Node) or weight.target is not CONSTANT:
+        return None
+    codes, scale = (attribute(graph, argument) for argument in weight.args)
+    return None if codes is None or scale is None else (codes, scale)
+
+
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _bypass(node: Node) -> None:
+    node.replace_all_uses_with(_args(node)[0])
+    node.graph.erase_node(node)
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    value = node.meta.get('val') if isinstance(node, Node) else None
+    if value is None and isinstance(node, Node) and node.op == 'get_attr':
+        found = attribute(node.graph.owning_module, node)  # type: ignore[arg-type]
+        return None if found is None else found.dtype
+    return getattr(value, 'dtype', None)
+
+
+def _register(graph: fx.GraphModule, name: str, tensor: Tensor, before: Node) -> Node:
+    name = name.replace('.', '_')
+    while hasattr(graph, name):
+        name += '_'
+    graph.register_buffer(name, tensor)
+    with graph.graph.inserting_before(before):
+        return graph.graph.get_attr(name)
+
+
+def _fold_factors(graph: fx.GraphModule) -> None:
+    """Residual scaling: a positive factor behind a layer, its ReLU and its quantizer goes into their scales."""
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.mul.Tensor or not isinstance(node.args[1], (int, float)) or node.args[1] <= 0:
+            continue
+        factor, inner = float(node.args[1]), node.args[0]
+        layer, grids = inner, []
+        while isinstance(layer, Node) and layer.target in (ACTIVATION, aten.relu.default) and len(layer.users) == 1:
+            grids += [layer] if layer.target is ACTIVATION else []
+            layer = layer.args[0]
+        found = weight_of(graph, layer) if isinstance(layer, Node) and layer.target in CONVOLUTIONS else None
+        if found is None or len(layer.users) != 1 or len(layer.args) < 3:
+            continue
+        codes = layer.args[1].args[0]
+        scale = _register(graph, f'{layer.name}_scale', found[1] * factor, layer)
+        with graph.graph.inserting_before(layer):
+            weight = graph.graph.call_function(CONSTANT, (codes, scale))
+        bias = attribute(graph, layer.args[2])
+        bias_node = None if bias is None else _register(graph, f'{layer.name}_bias', bias * factor, layer)
+        layer.args = (layer.args[0], weight, bias_node, *layer.args[3:])
+        for grid in grids:
+            scaled = float(torch.tensor(_args(grid)[1] * factor, dtype=torch.float32))
+            grid.args = (grid.args[0], scaled, *grid.args[2:])
+        _bypass(node)
+
+
+def _rectify_codes(graph: fx.GraphModule) -> None:
+    """A ReLU before a quantizer is a lower bound on its codes: engines fuse that, whatever the zero point."""
+    for node in list(graph.graph.nodes):
+        if node.target is ACTIVATION and node.args[0].target is aten.relu.default and len(node.args[0].users) == 1:
+            relu = node.args[0]
+            scale, zero_point, low, high, signed = node.args[1:]
+            node.args = (relu.args[0], scale, zero_point, max(low, zero_point), high, signed)
+            graph.graph.erase_node(relu)
+
+
+def _move_before_shuffles(graph: fx.GraphModule) -> None:
+    """Quantize before a pixel shuffle, not behind it: the values are the same, and engines move 8-bit codes."""
+    for node in list(graph.graph.nodes):
+        while node.target is ACTIVATION and node.args[0].target in SHUFFLES and len(node.args[0].users) == 1:
+            shuffle = node.args[0]
+            node.replace_all_uses_with(shuffle)
+            with graph.graph.inserting_before(shuffle):
+                moved = graph.graph.call_function(ACTIVATION, (shuffle.args[0], *node.args[1:]))
+            moved.meta.update(shuffle.args[0].meta)
+            graph.graph.erase_node(node)
+            shuffle.args = (moved, *shuffle.args[1:])
+            node = moved
+
+
+def _repeat_behind_shuffles(graph: fx.GraphModule) -> None:
+    """The same quantizer behind a pixel shuffle again: ONNX Runtime moves 8-bit codes, and fuses what follows,
+    only where it finds one on both sides. It changes no value."""
+    for node in list(graph.graph.nodes):
+        grid = source(node) if node.target in SHUFFLES else None
+        if grid is not None:
+            with graph.graph.inserting_after(node):
+                again = graph.graph.call_function(ACTIVATION, (node, *grid.args[1:]))
+            node.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
+
+
+def _merge(graph: fx.GraphModule) -> None:
+    """One quantizer for a tensor and a grid: a second one on the same grid changes nothing."""
+    first: dict[Any, Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.target is not ACTIVATION:
+            continue
+        before = source(node.args[0])
+        if before is not None and before.args[1:] == node.args[1:]:
+            _bypass(node)
+        elif node.args in first:
+            node.replace_all_uses_with(first[node.args])
+            graph.graph.erase_node(node)
+        else:
+            first[node.args] = node
+
+
+def _integer_biases(graph: fx.GraphModule) -> None:
+    """Biases as int32 at s_x s_w, where input and weight are quantized; engines would round them anyway."""
+    for node in list(graph.graph.nodes):
+        grid = source(node.args[0]) if node.target in CONVOLUTIONS else None
+        found = weight_of(graph, node) if grid is not None else None
+        bias = attribute(graph, node.args[2]) if found is not None and len(node.args) > 2 else None
+        if grid is None or found is None or bias is None:
+            continue
+        scale = torch.tensor(grid.args[1], dtype=torch.float32) * found[1]
+        codes = (bias.double() / scale.double()).round().clamp(-(2**31) + 1, 2**31 - 1).to(torch.int32)
+        codes_node = _register(graph, f'{node.name}_bias_codes', codes, node)
+        scale_node = _register(graph, f'{node.name}_bias_scale', scale, node)
+        with graph.graph.inserting_before(node):
+            constant = graph.graph.call_function(CONSTANT, (codes_node, scale_node))
+        node.args = (*node.args[:2], constant, *node.args[3:])
+
+
+def _exact_sums(graph: fx.GraphModule, floating: set[str]) -> None:
+    """Make layers that run in floating point reproducible: whole numbers first, scale and bias behind the sum.
+
+    A float32 sum depends on the order of its terms, which every engine chooses for itself, and the difference flips
+    roundings further down. Sums of whole numbers below 2^24 do not, at the same speed.
+    """
+    for node in list(graph.graph.nodes):
+        grid = source(node.args[0]) if node.name in floating and node.target in CONVOLUTIONS else None
+        found = weight_of(graph, node) if grid is not None else None
+        if grid is None or found is None or largest_sum(found[0], grid) >= _EXACT_FLOAT32:
+            continue
+        bias_node = node.args[2] if len(node.args) > 2 else None
+        bias = _constant_value(graph, bias_node)
+        shape = (1, -1, 1, 1) if node.target is aten.conv2d.default else (-1,)
+        scale = torch.tensor(grid.args[1], dtype=torch.float32) * found[1]
+        one = _register(graph, f'{node.name}_one', torch.ones_like(found[1]), node)
+        step = _register(graph, f'{node.name}_step', scale.reshape(shape) if scale.dim() else scale, node)
+        with graph.graph.inserting_before(node):
+            x = graph.graph.call_function(INTEGERS, grid.args)
+            for shuffle in reversed(_shuffles(node.args[0])):
+                x = graph.graph.create_node('call_function', shuffle.target, (x, *shuffle.args[1:]))
+            weight = graph.graph.call_function(CONSTANT, (node.args[1].args[0], one))
+            total = graph.graph.call_function(node.target, (x, weight, None, *node.args[3:]))
+            result = graph.graph.call_function(aten.mul.Tensor, (total, step))
+            if bias is not None:
+                offset = _register(graph, f'{node.name}_offset', bias.reshape(shape), node)
+                result = graph.graph.call_function(aten.add.Tensor, (result, offset))
+        node.replace_all_uses_with(result)
+        name = node.name
+        graph.graph.erase_node(node)
+        total.name = name
+
+
+def largest_sum(codes: Tensor, grid: Node) -> float:
+    """The largest sum of products that a layer can meet, whatever the image."""
+    _, zero_point, low, high = _args(grid)[1:5]
+    rows = codes.flatten(1).double()
+    up, down = rows.clamp(min=0).sum(dim=1), rows.clamp(max=0).sum(dim=1)
+    far, near = float(high - zero_point), float(low - zero_point)
+    return float(torch.maximum((up * far + down * near).abs(), (up * near + down * far).abs()).max())
+
+
+def _shuffles(node: Any) -> list[Node]:
+    found = []
+    while isinstance(node, Node) and node.target in SHUFFLES:
+        found.append(node)
+        node = node.args[0]
+    return found
+
+
+def _constant_value(graph: fx.GraphModule, node: Any) -> Tensor | None:
+    if isinstance(node, Node) and node.target is CONSTANT:
+        codes, scale = (attribute(graph, argument) for argument in node.args)
+        return None if codes is None or scale is None else codes.to(scale.dtype) * scale
+    return attribute(graph, node)
+
+
+# ------------------------------------------------------------------------------------------------ what stays in float
+
+
+def _counts(node: Node) -> bool:
+    if node.target in CONVOLUTIONS or node.target in PRODUCTS:
+        return True
+    operands = node.args[:2]
+    return node.target in ADDITIONS and all(_is_feature(operand) for operand in operands)
+
+
+def _is_feature(node: Any) -> bool:
+    return isinstance(node, Node) and node.op == 'call_function'
+
+
+def _report(graph: fx.GraphModule, node: Node, engine: str) -> NodeReport:
+    kind = str(node.target).split('.')[1]
+    layer, why = '', ''
+    if node.target in CONVOLUTIONS:
+        layer = _layer_name(node)
+        if weight_of(graph, node) is None:
+            why = 'its weight stays in floating point in the plan'
+        elif source(node.args[0]) is None:
+            why = 'its input stays in floating point in the plan'
+        elif engine == 'onnxruntime':
+            why = _float_output(node)
+    elif node.target in PRODUCTS:
+        why = 'a product of two activations, which the plan does not quantize'
+    else:
+        operands = [argument for argument in node.args[:2] if source(argument) is None]
+        if operands:
+            why = 'its operands are not quantized' + ('' if engine == 'openvino' else ' (skip: fp)')
+        else:
+            why = _float_output(node)
+    return NodeReport(node.name, kind, layer, not why, why)
+
+
+def _float_output(node: Node) -> str:
+    """Why the output of a node is not quantized, or ''. ONNX Runtime computes such a node in floating point."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target is ACTIVATION:
+        return ''
+    if any(user.op == 'output' for user in users) or _leads_to_output(node):
+        return "its output is the network's, in floating point"
+    names = ', '.join(sorted({_plain(user.target) for user in users}))
+    return f'its output is not quantized: it goes to {names}'
+
+
+def _leads_to_output(node: Node) -> bool:
+    """Whether nothing but arithmetic without weights stands between a node and the network's output."""
+    pending, seen = [node], set()
+    while pending:
+        for user in pending.pop().users:
+            if user.target in CONVOLUTIONS or user.target in PRODUCTS or user.target is ACTIVATION:
+                return False
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return True
+
+
+def _plain(target: str | Callable[..., Any]) -> str:
+    return str(target).removeprefix('aten.').split('.')[0] if target is not operator.getitem else 'a tuple'
+
+
+def _layer_name(node: Node) -> str:
+    weight = node.args[1]
+    while isinstance(weight, Node) and weight.op != 'get_attr':
+        weight = weight.args[0]
+    name = str(weight.target) if isinstance(weight, Node) else ''
+    return name.removesuffix('.weight').removesuffix('.weight_quantizer.codes')

@@ -1,0 +1,223 @@
+"""Writing an integer plan as an ONNX file with QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..errors import QuantError
+from .capture import LARGEST, IntegerPlan
+from .operators import ACTIVATION, CONSTANT, INTEGERS
+
+OPSET = 21
+"""The first opset with 4-bit integers; every engine named here reads it."""
+OPSETS = (21, 22, 23)
+_INSTALL = 'pip install "basicsr_quant[deploy]", or: pip install onnx onnxscript onnxruntime'
+
+
+def need(*packages: str) -> None:
+    """Refuse in one sentence where a package is not installed.
+
+    Raises:
+        QuantError: naming the package and how to get it.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            extra = ' openvino' if package == 'openvino' else ''
+            raise QuantError(f'the package {package} is not installed, which this needs; {_INSTALL}{extra}') from None
+
+
+def check_opset(opset: int, engine: str) -> None:
+    """Refuse an opset that the exporter or an engine does not take.
+
+    Raises:
+        QuantError: naming what is allowed.
+    """
+    if opset not in OPSETS:
+        allowed = ', '.join(map(str, OPSETS))
+        raise QuantError(
+            f'--opset {opset}: {engine} is given opset {allowed} here; below 21 ONNX has no 4-bit integers, and the '
+            'engines do not take newer ones'
+        )
+
+
+def to_onnx(graph: fx.GraphModule, shape: tuple[int, ...], *, dynamic: bool = True, opset: int = OPSET) -> Any:
+    """Translate a graph of aten operators and those of :mod:`.operators` into an ``onnx.ModelProto``.
+
+    Input and output are called ``input`` and ``output``, shape (1, C, H, W), float32.
+
+    Raises:
+        QuantError: if an operator of the network has no translation.
+    """
+    need('onnx', 'onnxscript')
+    image = torch.rand(shape)
+    dims = {2: torch.export.Dim('height', min=2, max=LARGEST), 3: torch.export.Dim('width', min=2, max=LARGEST)}
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                graph, (image,), dynamo=True, opset_version=opset, verbose=False, external_data=False,
+                input_names=['input'], output_names=['output'], dynamic_shapes=(dims,) if dynamic else None,
+                custom_translation_table=_translations(),
+            )
+    except Exception as error:
+        said = ' '.join(str(error).split())[:200]
+        raise QuantError(f'this network cannot be written as ONNX: {type(error).__name__}: {said}') from None
+    model = program.model_proto  # type: ignore[union-attr]
+    _strip(model)
+    return model
+
+
+def packed_onnx(plan: IntegerPlan, opset: int = OPSET) -> Any:
+    """``plan`` as a checked ``onnx.ModelProto``; weights of up to 4 bits are stored as INT4.
+
+    Raises:
+        QuantError: if it cannot be translated.
+    """
+    model = to_onnx(plan.graph, plan.shape, dynamic=plan.dynamic, opset=opset)
+    _pack(model, plan)
+    import onnx
+
+    onnx.checker.check_model(model)
+    return model
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        QuantError: if the folder cannot be written or the disk is full.
+    """
+    target = Path(path)
+    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise QuantError(f'{target} cannot be written: {error.strerror or error}') from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _translations() -> dict[Any, Any]:
+    import onnx_ir
+    from onnxscript import opset21 as op
+
+    def number(value: float, dtype: Any) -> Any:
+        return op.Constant(value=onnx_ir.tensor(np.array(value, dtype=dtype)))  # type: ignore[arg-type]
+
+    def codes_of(x: Any, scale: float, zero_point: int, low: int, high: int, signed: bool) -> tuple[Any, Any, Any]:
+        dtype = np.int8 if signed else np.uint8
+        step, zero = number(scale, np.float32), number(zero_point, dtype)
+        clips = (low, high) != ((-128, 127) if signed else (0, 255))
+        if clips and signed:  # TensorRT takes nothing between the two, so its Clip stands before them
+            ends = (number((end - zero_point) * scale, np.float32) for end in (low, high))
+            return op.QuantizeLinear(op.Clip(x, *ends), step, zero), step, zero
+        codes = op.QuantizeLinear(x, step, zero)
+        if clips:
+            # On the codes and not before them: a Clip in floating point would keep CPU engines from fusing the layer.
+            codes = op.Clip(codes, number(low, dtype), number(high, dtype))
+        return codes, step, zero
+
+    def activation(x: Any, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Any:
+        return op.DequantizeLinear(*codes_of(x, scale, zero_point, low, high, signed))
+
+    def integers(x: Any, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Any:
+        codes, _, zero = codes_of(x, scale, zero_point, low, high, signed)
+        return op.DequantizeLinear(codes, number(1.0, np.float32), zero)
+
+    def constant(codes: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=0)
+
+    return {ACTIVATION: activation, INTEGERS: integers, CONSTANT: constant}
+
+
+def _strip(model: Any) -> None:
+    """Leave out what the exporter notes for itself, a sixth of a quantized file: it names source files too."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ''
+    for holder in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        del holder.metadata_props[:]
+    del model.graph.metadata_props[:], model.metadata_props[:], model.graph.value_info[:]
+    model.graph.doc_string = model.doc_string = ''
+    model.producer_name, model.graph.name = 'basicsr_quant', 'network'
+
+
+def _pack(model: Any, plan: IntegerPlan) -> None:
+    """Store weights of up to 4 bits as INT4, two a byte, and widen them at load: engines fold that into int8 weights.
+
+    Odd codes at half the step (grids without zero) are stored as k with code = 2 k + 1.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    packed = {f'{name}.weight_quantizer.codes': found for name, found in plan.weights.items() if found.bits <= 4}
+    nodes = []
+    for index, tensor in enumerate(list(model.graph.initializer)):
+        found = packed.get(tensor.name)
+        if found is None:
+            continue
+        codes = numpy_helper.to_array(tensor).astype(np.int32)
+        stored = (codes - 1) // 2 if found.halved else codes
+        if stored.min() < -8 or stored.max() > 7:
+            continue
+        name = tensor.name
+        small = helper.make_tensor(f'{name}.int4', onnx.TensorProto.INT4, codes.shape, _nibbles(stored), raw=True)
+        model.graph.initializer[index].CopyFrom(small)
+        if not found.halved:
+            nodes.append(helper.make_node('Cast', [small.name], [name], to=onnx.TensorProto.INT8, name=f'{name}.cast'))
+            continue
+        for constant, value in (('two', 2), ('one', 1)):
+            if not any(t.name == f'int4.{constant}' for t in model.graph.initializer):
+                model.graph.initializer.append(
+                    helper.make_tensor(f'int4.{constant}', onnx.TensorProto.INT32, [], [value])
+                )
+        wide, twice, odd = (f'{name}.{part}' for part in ('wide', 'twice', 'odd'))
+        nodes += [
+            helper.make_node('Cast', [small.name], [wide], to=onnx.TensorProto.INT32, name=f'{name}.cast'),
+            helper.make_node('Mul', [wide, 'int4.two'], [twice], name=f'{name}.mul'),
+            helper.make_node('Add', [twice, 'int4.one'], [odd], name=f'{name}.add'),
+            helper.make_node('Cast', [odd], [name], to=onnx.TensorProto.INT8, name=f'{name}.narrow'),
+        ]
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
+
+
+def _nibbles(codes: np.ndarray) -> bytes:
+    """Two codes from -8 to 7 a byte, the first one in the lower half."""
+    flat = (codes.flatten() & 15).astype(np.uint8)
+    flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+    return (flat[0::2] | flat[1::2] << 4).astype(np.uint8).tobytes()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress and warns about itself."""
+    logger = logging.getLogger('torch.onnx')
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(before)

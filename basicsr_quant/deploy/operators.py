@@ -1,0 +1,61 @@
+"""The operators that an integer plan adds to a graph: what they compute in floating point."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAMESPACE = 'basicsr_quant'
+
+
+@torch.library.custom_op(f'{NAMESPACE}::activation', mutates_args=())
+def activation(x: Tensor, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Tensor:
+    """Round to a grid: scale (clamp(round(x / scale) + zero_point, low, high) - zero_point).
+
+    In an ONNX file this is QuantizeLinear, Clip where the container has more codes than the grid, DequantizeLinear.
+    """
+    codes = (x / scale).round_().add_(zero_point).clamp_(low, high)
+    return codes.sub_(zero_point).mul_(scale)
+
+
+@activation.register_fake
+def _(x: Tensor, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(f'{NAMESPACE}::integers', mutates_args=())
+def integers(x: Tensor, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Tensor:
+    """The same grid without its scale: whole numbers, clamp(round(x / scale) + zero_point, low, high) - zero_point.
+
+    Sums of products of whole numbers are exact in float32 below 2^24, in whatever order an engine adds them.
+    """
+    return (x / scale).round_().add_(zero_point).clamp_(low, high).sub_(zero_point)
+
+
+@integers.register_fake
+def _(x: Tensor, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(f'{NAMESPACE}::constant', mutates_args=())
+def constant(codes: Tensor, scale: Tensor) -> Tensor:
+    """scale codes for a weight (int8) or bias (int32); a scale of (C,) goes along dimension 0.
+
+    In an ONNX file this is DequantizeLinear.
+    """
+    return codes.to(scale.dtype) * along_first(scale, codes)
+
+
+@constant.register_fake
+def _(codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+
+
+def along_first(scale: Tensor, like: Tensor) -> Tensor:
+    """A scale that broadcasts along dimension 0 of ``like``."""
+    return scale.reshape(-1, *(1,) * (like.dim() - 1)) if scale.dim() else scale
+
+
+ACTIVATION = activation._opoverload
+INTEGERS = integers._opoverload
+CONSTANT = constant._opoverload
