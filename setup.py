@@ -27,7 +27,12 @@ setup(
         'basicsr': ['basicsr==1.4.2', 'torchvision', 'lmdb', 'opencv-python', 'tqdm'],
         'spandrel': ['spandrel==0.4.2'],  # network_g: {type: Spandrel}; Python 3.10 and newer
         'safetensors': ['safetensors'],
-        'mmagic': ['mmagic', 'mmcv', 'mmengine'],
+        # MMagic 1.2.0 does not say which versions it works with; constraints-mmagic.txt has a whole set. mmcv below 2.2
+        # comes first and from OpenMMLab: mim install 'mmcv>=2.0.0,<2.2.0' (from a source package it has no operators).
+        'mmagic': [
+            'mmagic>=1.2.0,<2', 'mmengine>=0.10.4,<1', 'numpy<2', 'setuptools<82', 'diffusers>=0.23,<0.25',
+            'huggingface_hub<0.26', 'transformers>=4.34,<4.47', 'albumentations<1.4',
+        ],  # fmt: skip
         'test': ['pytest', 'hypothesis', 'ruff', 'mypy'],
     },
     entry_points={'console_scripts': ['basicsr = basicsr_quant.cli:main']},

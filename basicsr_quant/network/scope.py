@@ -31,9 +31,9 @@ def body_layers(net: nn.Module) -> set[str]:
     The body are the outermost ``Sequential`` or ``ModuleList`` containers whose children are all blocks of one class,
     each with weight layers of its own: residual blocks, residual groups, dense blocks, transformer stages. First
     layers, the convolution behind the blocks, up-samplers and last layers lie outside it, as in the published codes
-    of PAMS, DAQ, CADyQ and AdaBM. (A row of up-samplers, each one convolution that makes r x r times the channels for a
-    pixel shuffle in its own forward, as MMagic writes them, is no row of blocks.) A network without such blocks (SRVGGNetCompact) counts every layer but the first
-    and the last as body.
+    of PAMS, DAQ, CADyQ and AdaBM. (A row of up-samplers, each one convolution to r x r times the channels with a pixel
+    shuffle in its own forward, as MMagic writes them, is no row of blocks.) A network without such blocks
+    (SRVGGNetCompact) counts every layer but the first and the last as body.
     """
     names = list(weight_layers(net))
     containers = [prefix for prefix, module in net.named_modules() if prefix and _is_block_container(module)]
