@@ -20,7 +20,7 @@ setup(
     packages=[*find_packages(include=['basicsr_quant', 'basicsr_quant.*']), 'basicsr_quant.options'],
     # The option files stand at the top of the repository and are installed inside the package.
     package_dir={'basicsr_quant.options': 'options'},
-    package_data={'basicsr_quant.options': ['*.yml']},
+    package_data={'basicsr_quant.options': ['*.yml', 'mmagic/*.py']},
     install_requires=['torch>=2.1', 'numpy>=1.21', 'PyYAML>=5.4'],
     extras_require={
         # BasicSR's build imports torch: install it with --no-build-isolation, or pip fetches a second torch.

@@ -92,6 +92,7 @@ def calibrate(
     scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=device)
     same_on_all_ranks({**net.state_dict(), 'feature scale': scale})
     run.calibration = {'feature_scale': float(scale), 'images': seen.images}
+    run.has_ranges = True
     if seen.choices:
         run.calibration['choices'] = seen.choices
     if run.method.chooses_bits:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..models.checkpoint import compare_plans, load_state, network_file, save_network_file
-from ..network.surgery import plan_in_force
+from ..network.surgery import plan_in_force, quantizers
 from .generator import quantized_networks, run_of, the_quantized_network
 
 
@@ -39,7 +39,10 @@ def fit_checkpoint(model: nn.Module, checkpoint: MutableMapping[str, Any], path:
         if file.plan is not None:
             compare_plans(file, run.plan, net)
             run.calibration = dict(entry.get('calibration') or {})
-        load_state(net, file, 'params_ema' if name.endswith('_ema') else 'params')
+        key = 'params_ema' if name.endswith('_ema') else 'params'
+        load_state(net, file, key)
+        ranges = tuple(f'{quantizer}.' for quantizer in quantizers(net))
+        run.has_ranges = file.plan is not None or any(k.startswith(ranges) for k in file.state(key)[1])
         if file.plan is not None and run.method.chooses_bits:
             run.plan = plan_in_force(net, run.plan)
         state.update({f'{name}.{key}': tensor for key, tensor in net.state_dict().items()})

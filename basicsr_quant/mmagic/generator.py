@@ -29,11 +29,13 @@ class QuantRun:
         config: The ``quant`` block.
         plan: The plan; after calibration with the bits that the method chose.
         calibration: What calibration measured (``feature_scale``, ``images``); goes into checkpoints as plain data.
+        has_ranges: Calibration has run, or a checkpoint with ranges was loaded.
     """
 
     config: QuantConfig
     plan: Plan
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
+    has_ranges: bool = False
 
     @property
     def method(self) -> Method:
@@ -78,12 +80,6 @@ def run_of(net: nn.Module) -> QuantRun:
     return net.quant_run  # type: ignore[return-value]
 
 
-def is_calibrated(net: nn.Module) -> bool:
-    """Whether ``net`` has ranges, from a checkpoint or from calibration; also true where it needs none."""
-    found = quantizers(net)
-    return not found or any(bool(q.calibrated) for q in found.values())
-
-
 def quantized_networks(model: nn.Module) -> dict[str, nn.Module]:
     """The quantized networks of ``model`` by their names in its checkpoints: ``generator``, ``generator_ema``.
 
@@ -123,7 +119,7 @@ class _ForgottenCalibration:
         if self.looked or not all(q.enabled for q in quantizers(net).values()):
             return
         self.looked = True
-        if not is_calibrated(net):
+        if not run_of(net).has_ranges:
             raise QuantError(
                 'the quantized network has no ranges; add dict(type=RangeCalibrationHook) to custom_hooks, or load a '
                 'quantized checkpoint'

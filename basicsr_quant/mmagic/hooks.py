@@ -18,7 +18,7 @@ from ..methods.base import Training
 from ..network.surgery import quantizers
 from .calibration import calibrate, folder_of
 from .checkpoints import fit_checkpoint, quant_entry, save_network
-from .generator import is_calibrated, plain, quantized_networks, run_of, the_quantized_network
+from .generator import plain, quantized_networks, run_of, the_quantized_network
 
 
 @HOOKS.register_module()
@@ -84,7 +84,7 @@ class RangeCalibrationHook(Hook):
 
     def _calibrate_if_needed(self, runner: Any, train: Mapping[str, Any] | None) -> bool:
         name, net = the_quantized_network(runner.model)
-        if is_calibrated(net):
+        if run_of(net).has_ranges or not quantizers(net):
             return False
         config = run_of(net).config.calibration
         dataset = train if config is None or config.dataset is None else config.dataset
@@ -96,7 +96,7 @@ class RangeCalibrationHook(Hook):
             prefixes = tuple(f'{quantizer}.' for quantizer in quantizers(net))
             ranges = {key: value for key, value in net.state_dict().items() if key.startswith(prefixes)}
             averaged.load_state_dict(ranges, strict=False)
-            run_of(averaged).plan = run_of(net).plan
+            run_of(averaged).plan, run_of(averaged).has_ranges = run_of(net).plan, True
         return True
 
     # -- training --------------------------------------------------------------------------------------------------
