@@ -86,13 +86,13 @@ def calibrate(
         )
     start = time.time()
     same_on_all_ranks(net.state_dict())
+    run.has_ranges = True  # methods try their ranges out before they are through
     images = CalibrationImages(config, dataset, to_input, seed) if looks and dataset is not None else ()
     seen = run.method.calibrate(net, images)
     device = next(net.parameters()).device
     scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=device)
     same_on_all_ranks({**net.state_dict(), 'feature scale': scale})
     run.calibration = {'feature_scale': float(scale), 'images': seen.images}
-    run.has_ranges = True
     if seen.choices:
         run.calibration['choices'] = seen.choices
     if run.method.chooses_bits:
