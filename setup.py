@@ -32,7 +32,7 @@ setup(
         'mmagic': [
             'mmagic>=1.2.0,<2', 'mmengine>=0.10.4,<1', 'numpy<2', 'setuptools<82', 'diffusers>=0.23,<0.25',
             'huggingface_hub<0.26', 'transformers>=4.34,<4.47', 'albumentations<1.4',
-        ],  # fmt: skip
+        ],
         'test': ['pytest', 'hypothesis', 'ruff', 'mypy'],
     },
     entry_points={'console_scripts': ['basicsr = basicsr_quant.cli:main']},

@@ -37,7 +37,8 @@ def dataset(root: Path, part: str, crop: bool = False) -> dict[str, Any]:
     load = {'type': 'LoadImageFromFile', 'color_type': 'color', 'channel_order': 'rgb', 'imdecode_backend': 'cv2'}
     pipeline: list[dict[str, Any]] = [{**load, 'key': 'img'}, {**load, 'key': 'gt'}]
     if crop:
-        pipeline += [{'type': 'SetValues', 'dictionary': {'scale': 2}}, {'type': 'PairedRandomCrop', 'gt_patch_size': 32}]
+        pipeline.append({'type': 'SetValues', 'dictionary': {'scale': 2}})
+        pipeline.append({'type': 'PairedRandomCrop', 'gt_patch_size': 32})
     return {
         'type': 'BasicImageDataset', 'metainfo': {'dataset_type': part, 'task_name': 'sisr'}, 'data_root': str(root),
         'data_prefix': {'img': f'{part}/lq', 'gt': f'{part}/gt'}, 'pipeline': [*pipeline, {'type': 'PackInputs'}],

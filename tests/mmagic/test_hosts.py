@@ -15,16 +15,16 @@ import torch
 
 pytest.importorskip('mmagic.utils', reason='MMagic is not installed (make env-mmagic)')
 
-from mmagic.utils import register_all_modules  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.registry import MODELS, DefaultScope  # noqa: E402
+from mmagic.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 
-import basicsr_quant.mmagic  # noqa: E402, F401
-from basicsr_quant.errors import QuantError  # noqa: E402
-from basicsr_quant.mmagic.checkpoints import fit_checkpoint, save_network  # noqa: E402
-from basicsr_quant.mmagic.generator import run_of  # noqa: E402
-from basicsr_quant.models.checkpoint import read_network_file, save_network_file  # noqa: E402
-from basicsr_quant.models.conventions import _basicsr_names  # noqa: E402
+import basicsr_quant.mmagic  # noqa: F401
+from basicsr_quant.errors import QuantError
+from basicsr_quant.mmagic.checkpoints import fit_checkpoint, save_network
+from basicsr_quant.mmagic.generator import run_of
+from basicsr_quant.models.checkpoint import read_network_file, save_network_file
+from basicsr_quant.models.conventions import _basicsr_names
 
 register_all_modules()
 DefaultScope.get_instance('tests', scope_name='mmagic')
@@ -151,7 +151,7 @@ def test_two_processes_end_with_equal_ranges_and_weights(config, tmp_path):
     options = config(crop=True, train_cfg={'max_iters': 2, 'val_interval': 9}, train_dataloader={'batch_size': 1})
     wrapper = {'type': 'MMDistributedDataParallel', 'broadcast_buffers': False, 'device_ids': None}
     Config({**options, 'model_wrapper_cfg': wrapper, 'launcher': 'pytorch'}).dump(str(tmp_path / 'config.py'))
-    common = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29533', 'OMP_NUM_THREADS': '1'}
+    common = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29533'}
     ranks = [
         subprocess.Popen(
             [sys.executable, '-c', RANK, str(tmp_path / 'config.py'), str(tmp_path)],

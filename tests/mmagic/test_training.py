@@ -14,15 +14,15 @@ import torch
 
 pytest.importorskip('mmagic.utils', reason='MMagic is not installed (make env-mmagic)')
 
-from mmagic.utils import register_all_modules  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
+from mmagic.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.runner import Runner
 
-from basicsr_quant.errors import QuantError  # noqa: E402
-from basicsr_quant.methods import METHODS  # noqa: E402
-from basicsr_quant.mmagic import RangeCalibrationHook  # noqa: E402
-from basicsr_quant.mmagic.generator import quantized_networks, run_of  # noqa: E402
-from basicsr_quant.network.surgery import quantizers  # noqa: E402
+from basicsr_quant.errors import QuantError
+from basicsr_quant.methods import METHODS
+from basicsr_quant.mmagic import RangeCalibrationHook
+from basicsr_quant.mmagic.generator import quantized_networks, run_of
+from basicsr_quant.network.surgery import quantizers
 
 register_all_modules()
 
@@ -54,7 +54,8 @@ def test_the_inner_network_keeps_its_class_and_names(config):
     assert type(net).__name__ == 'EDSRNet'
     fp32 = {k for k in net.state_dict() if not k.startswith(tuple(f'{q}.' for q in quantizers(net)))}
     assert {'conv_first.weight', 'body.1.conv2.bias', 'upsample.0.upsample_conv.weight'} < fp32
-    assert [layer.layer for layer in run_of(net).plan.quantized] == [f'body.{i}.conv{j}' for i in (0, 1) for j in (1, 2)]
+    body = [f'body.{i}.conv{j}' for i in (0, 1) for j in (1, 2)]
+    assert [layer.layer for layer in run_of(net).plan.quantized] == body
 
 
 @pytest.mark.parametrize('method', sorted(set(METHODS) - {'none'}))
@@ -166,7 +167,8 @@ def test_the_averaged_copy_gets_the_ranges_and_averages_them(config):
 def test_accumulated_gradients_step_as_one_large_batch(config):
     def weights(batch: int, counts: int) -> dict[str, torch.Tensor]:
         quant = {'method': 'odm', 'w_bits': 4, 'a_bits': 4, 'odm': {'regularizer': 'none'}}
-        options = config(quant, train_cfg={'max_iters': counts, 'val_interval': 9}, train_dataloader={'batch_size': batch})
+        schedule = {'max_iters': counts, 'val_interval': 9}
+        options = config(quant, train_cfg=schedule, train_dataloader={'batch_size': batch})
         options['optim_wrapper']['accumulative_counts'] = counts
         options['work_dir'] += f'_{batch}'
         return state(train(options))
