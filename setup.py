@@ -20,7 +20,7 @@ setup(
     packages=[*find_packages(include=['basicsr_quant', 'basicsr_quant.*']), 'basicsr_quant.options'],
     # The option files stand at the top of the repository and are installed inside the package.
     package_dir={'basicsr_quant.options': 'options'},
-    package_data={'basicsr_quant.options': ['*.yml']},
+    package_data={'basicsr_quant.options': ['*.yml', 'mmagic/*.py']},
     install_requires=['torch>=2.1', 'numpy>=1.21', 'PyYAML>=5.4'],
     extras_require={
         # BasicSR's build imports torch: install it with --no-build-isolation, or pip fetches a second torch.
@@ -28,7 +28,12 @@ setup(
         'spandrel': ['spandrel==0.4.2'],  # network_g: {type: Spandrel}; Python 3.10 and newer
         'safetensors': ['safetensors'],
         'deploy': ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20', 'openvino>=2025.0'],
-        'mmagic': ['mmagic', 'mmcv', 'mmengine'],
+        # MMagic 1.2.0 does not say which versions it works with; constraints-mmagic.txt has a whole set. mmcv below 2.2
+        # comes first and from OpenMMLab: mim install 'mmcv>=2.0.0,<2.2.0' (from a source package it has no operators).
+        'mmagic': [
+            'mmagic>=1.2.0,<2', 'mmengine>=0.10.4,<1', 'numpy<2', 'setuptools<82', 'diffusers>=0.23,<0.25',
+            'huggingface_hub<0.26', 'transformers>=4.34,<4.47', 'albumentations<1.4',
+        ],
         'test': ['pytest', 'hypothesis', 'ruff', 'mypy'],
     },
     entry_points={'console_scripts': ['basicsr = basicsr_quant.cli:main']},

@@ -30,7 +30,7 @@ def request(**wanted: Any) -> None:
 def install() -> None:
     """Wrap the host's ``parse_options``; called by :func:`basicsr_quant.enable`, after ``compat.apply``."""
     importlib.import_module('basicsr_quant.archs')
-    importlib.import_module('basicsr_quant.models')
+    importlib.import_module('basicsr_quant.models.quantized_model')
     for name in ('train', 'test'):
         module: Any = importlib.import_module(f'basicsr.{name}')
         if not hasattr(module.parse_options, '__wrapped__'):

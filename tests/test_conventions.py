@@ -197,6 +197,33 @@ def test_a_quantized_network_reads_their_files_too(convention: str, tmp_path: Pa
     assert all(torch.equal(net.state_dict()[k], v) for k, v in source.state_dict().items())
 
 
+@pytest.mark.parametrize('convention', ['EDSR of MMagic', 'RDN of MMagic'])
+def test_a_quantized_file_of_mmagic_loads_whole(convention: str, tmp_path: Path) -> None:
+    from basicsr_quant.methods import quantize, settings_of
+    from basicsr_quant.models.checkpoint import compare_plans, load_state
+    from basicsr_quant.network.plan import Plan
+    from basicsr_quant.network.planning import PlanRequest, make_plan
+
+    kind, options, names, beside = FILES[convention]
+    request = PlanRequest('minmax', 4, 4, scope='all', settings=settings_of('minmax'))
+    source, net = build(kind, **options), build(kind, **options)
+    plan = make_plan(source, request)
+    quantize(source, plan)
+    quantize(net, plan)
+    for tensor in source.state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape) if tensor.is_floating_point() else tensor)
+    theirs = foreign(source, names, beside)
+    layers = dict(zip(source.state_dict(), theirs))
+    plain = plan.to_plain()
+    for layer in plain['layers']:
+        layer['layer'] = layers[f'{layer["layer"]}.weight'].removesuffix('.weight')
+    assert Plan.from_plain(plain) != plan
+    file = read(tmp_path, {'params': theirs, 'quant': {'plan': plain, 'calibration': {}}})
+    compare_plans(file, plan, net)
+    assert load_state(net, file, 'params') == 'MMagic'
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in source.state_dict().items())
+
+
 @pytest.mark.parametrize(('wrap', 'key', 'found', 'value'), [
     (lambda s, e: s, 'params', None, 1.0),
     (lambda s, e: {'params': s, 'params_ema': e}, 'params_ema', 'params_ema', 2.0),

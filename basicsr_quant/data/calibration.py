@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from basicsr.data import build_dataloader, build_dataset
 from torch import Tensor
 
 from ..config import CalibrationConfig
@@ -76,6 +75,8 @@ class CalibrationImages:
     def __init__(
         self, config: CalibrationConfig, options: dict[str, Any], to_lq: Callable[[Any], Tensor], seed: int
     ) -> None:
+        from basicsr.data import build_dataset  # here, so that the rest of this file serves both hosts
+
         with preserved():
             self._dataset = build_dataset(options)
         self._count = number_of_images(config, len(self._dataset), options)
@@ -87,6 +88,8 @@ class CalibrationImages:
         return self._count
 
     def __iter__(self) -> Iterator[Tensor]:
+        from basicsr.data import build_dataloader
+
         with preserved():
             loader = build_dataloader(
                 self._dataset, self._options, num_gpu=0, dist=False, sampler=None, seed=self._seed

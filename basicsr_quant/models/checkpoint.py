@@ -77,6 +77,15 @@ def read_network_file(path: str) -> NetworkFile:
         raise QuantError(f'{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}') from None
     if not isinstance(content, Mapping):
         raise QuantError(f'{path} holds a {type(content).__name__}; a network file holds tensors by name')
+    return network_file(path, content)
+
+
+def network_file(path: str, content: Mapping[str, Any]) -> NetworkFile:
+    """What ``content``, read from ``path``, is as a network file: of BasicSR, of MMagic, or a bare state dict.
+
+    Raises:
+        QuantError: if it holds no state dict.
+    """
     states: dict[str | None, dict[str, Tensor]] = {
         key: dict(value) for key, value in content.items() if key != 'quant' and _is_state(value)
     }
@@ -104,9 +113,9 @@ def _is_state(value: Any) -> bool:
 def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool = True) -> str | None:
     """Load one state dict of ``file`` into ``net``, which may be quantized.
 
-    An FP32 file may lack quantizer tensors and counts of batches, which only training reads, and nothing else; it may
-    have the names of another project, see :mod:`.conventions`, and BatchNorms that the network has folded are folded as
-    they are read. A quantized file loads whole.
+    An FP32 file may lack quantizer tensors and counts of batches, which only training reads, and nothing else;
+    BatchNorms that the network has folded are folded as it is read. A quantized file loads whole. Both may have the
+    names of another project, see :mod:`.conventions`.
 
     Returns:
         Whose names the file has; None where they are the network's own.
@@ -115,9 +124,8 @@ def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool 
         QuantError: naming the first tensors that do not fit.
     """
     _, state = file.state(key)
-    named = None
+    state, named = conventions.adapt(net, state, file.path)
     if file.plan is None:
-        state, named = conventions.adapt(net, state, file.path)
         state = fold_state(state, folds_of(net))
     own = net.state_dict()
     ranges = tuple(f'{name}.' for name in quant_state(net))
@@ -149,10 +157,10 @@ def _differences(
     return '; '.join(parts)
 
 
-def compare_plans(file: NetworkFile, plan: Plan) -> None:
-    """Refuse a quantized file whose plan is not the option file's."""
+def compare_plans(file: NetworkFile, plan: Plan, net: nn.Module | None = None) -> None:
+    """Refuse a quantized file whose plan is not the option file's; with ``net``, one of another host's names counts."""
     assert file.plan is not None
-    theirs = file.plan
+    theirs = file.plan if net is None else conventions.adapt_plan(net, file.plan, file.path)
     if theirs.method != plan.method:
         raise QuantError(
             f"{file.path} was made with quant.method '{theirs.method}', the option file says '{plan.method}'"

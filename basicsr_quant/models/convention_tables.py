@@ -221,3 +221,6 @@ CONVENTIONS: Mapping[str, tuple[Convention, ...]] = {
 }  # fmt: skip
 """Conventions by class of the network. SwinIR, SRVGGNetCompact and RRDBNet have one naming in BasicSR, MMagic (and, for
 SwinIR, KAIR); those need no table."""
+
+BASICSR_CLASSES: Mapping[str, str] = {'EDSRNet': 'EDSR', 'RDNNet': 'RDN'}
+"""Classes of MMagic and the registered ones that are the same network under other names."""

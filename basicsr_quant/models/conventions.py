@@ -1,24 +1,28 @@
-"""The way from other projects' tensor names to the network's own.
+"""The way from other projects' tensor names to the network's own, in files of FP32 and of quantized networks.
 
 A convention is a table of patterns for one architecture, see :mod:`.convention_tables`. It is used where a file's names
 are not the network's own; what comes out is then loaded as strictly as any other file. Names tell nothing about pixel
 ranges: where a file holds its mean shifts they are compared with the network's options, elsewhere ``img_range`` has to
-be right (1 for MMagic's EDSR, 255 for EDSR-PyTorch's).
+be right (1 for MMagic's EDSR, 255 for EDSR-PyTorch's). MMagic's own networks take BasicSR's names by the same tables,
+read the other way.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..archs.spandrel_arch import Spandrel, own_names
 from ..errors import QuantError
 from ..network.folding import unfolded_names
-from .convention_tables import CONVENTIONS, Convention
+from ..network.plan import Plan
+from .convention_tables import BASICSR_CLASSES, CONVENTIONS, Convention
+
+T = TypeVar('T')
 
 
 def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[str, Tensor], str | None]:
@@ -36,11 +40,17 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
         QuantError: for a file that follows a convention in part, listing what did not map; for one whose mean shifts
             differ from the network's; for one that is known to be of another network.
     """
-    own = unfolded_names(net)
+    own = unfolded_names(net) | set(net.state_dict())
     if not set(state) - own:
         return dict(state), None
-    if isinstance(net, Spandrel):
+    if type(net).__name__ == 'Spandrel':
+        from ..archs.spandrel_arch import own_names  # only here: this file is read without BasicSR too
+
         return own_names(state, path), "spandrel's architectures"
+    theirs = _basicsr_names(net)
+    if theirs:
+        renamed = {theirs.get(name, name): tensor for name, tensor in state.items()}
+        return (renamed, 'BasicSR') if not set(renamed) - own else (dict(state), None)
     best: tuple[int, Convention, dict[str, str | None], list[str]] | None = None
     for convention in CONVENTIONS.get(type(net).__name__, ()):
         names, unknown = _rename(convention, state)
@@ -65,6 +75,27 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
     return _settle(net, renamed), convention.project
 
 
+def adapt_plan(net: nn.Module, plan: Plan, path: str) -> Plan:
+    """Bring the layers of a file's plan to the names of ``net``, as :func:`adapt` does its tensors."""
+    modules = dict(net.named_modules())
+    layers: dict[str, Any] = {f'{layer.layer}.weight': layer for layer in plan}
+    if all(layer.layer in modules for layer in plan):
+        return plan
+    renamed: dict[str, Any] = adapt(net, layers, path)[0]  # tensors or not, only their names matter
+    named = (dataclasses.replace(layer, layer=name.removesuffix('.weight')) for name, layer in renamed.items())
+    return dataclasses.replace(plan, layers=tuple(named))
+
+
+def _basicsr_names(net: nn.Module) -> dict[str, str]:
+    """Of a network of MMagic: the names that BasicSR gives its tensors, each with its own."""
+    conventions = CONVENTIONS.get(BASICSR_CLASSES.get(type(net).__name__, ''), ())
+    for convention in conventions:
+        if convention.project == 'MMagic' and not convention.refused:
+            names, _ = _rename(convention, net.state_dict())
+            return _settle(net, {target: name for name, target in names.items() if target is not None})
+    return {}
+
+
 def _rename(convention: Convention, state: Iterable[str]) -> tuple[dict[str, str | None], list[str]]:
     names: dict[str, str | None] = {}
     unknown = []
@@ -79,7 +110,7 @@ def _rename(convention: Convention, state: Iterable[str]) -> tuple[dict[str, str
     return names, unknown
 
 
-def _settle(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _settle(net: nn.Module, state: dict[str, T]) -> dict[str, T]:
     """Finish the names whose place depends on more than themselves.
 
     CARN's files for several scales hold an up-sampler for each (``upsample@2`` ...): the network's own is kept. RDN's

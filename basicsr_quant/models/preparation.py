@@ -172,7 +172,7 @@ def _averaged(path: str, raw: Mapping[str, Any]) -> str:
 
 def _check_file(file: checkpoint.NetworkFile, key: str | None, net: nn.Module, plan: Plan, strict: bool) -> None:
     if file.plan is not None:
-        checkpoint.compare_plans(file, plan)
+        checkpoint.compare_plans(file, plan, net)
         return
     checkpoint.load_state(net, file, key, strict)
     bad = [name for name, tensor in net.state_dict().items() if not tensor.isfinite().all()]

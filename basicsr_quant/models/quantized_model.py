@@ -7,11 +7,10 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from basicsr.utils.dist_util import master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from ..methods import calibrate, method_of, needs_images
 from ..methods.base import Training
 from ..network.patches import Patchwise
 from ..network.plan import Plan
+from ..network.ranks import same_on_all_ranks
 from ..network.stages import Stages
 from ..network.surgery import plan_in_force, quant_state, quantizers
 from . import checkpoint
@@ -111,14 +111,14 @@ class QuantizedModelMixin:
         options = dataset_options(config, train, self.opt.get('scale', 1)) if looks else {}
         start = time.time()
         net = self._bare()
-        _same_on_all_ranks(net.state_dict())  # without a checkpoint each rank has drawn its own weights
+        same_on_all_ranks(net.state_dict())  # without a checkpoint each rank has drawn its own weights
         before = set(vars(self))
         images = CalibrationImages(config, options, self._to_lq, self.opt['manual_seed']) if looks else ()
         seen = calibrate(net, self._run['plan'], images, self._stages)
         for name in set(vars(self)) - before:  # what feed_data left behind
             delattr(self, name)
         scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=self.device)  # type: ignore[attr-defined]
-        _same_on_all_ranks({**net.state_dict(), 'feature scale': scale})
+        same_on_all_ranks({**net.state_dict(), 'feature scale': scale})
         self._calibration = {'feature_scale': float(scale), 'images': seen.images}
         if seen.choices:
             self._calibration['choices'] = seen.choices
@@ -155,7 +155,7 @@ class QuantizedModelMixin:
             return super().load_network(net, load_path, strict, param_key)  # type: ignore[misc, no-any-return]
         file = checkpoint.read_network_file(load_path)
         if file.plan is not None:
-            checkpoint.compare_plans(file, self._run['plan'])
+            checkpoint.compare_plans(file, self._run['plan'], bare)
             self._run['loaded_quantized'] = True
             self._calibration = dict(file.calibration)
         found, _ = file.state(param_key)
@@ -239,11 +239,3 @@ def _copy_calibrated(source: nn.Module, target: nn.Module, plan: Plan) -> None:
     prefixes = tuple(f'{name}.' for name in quant_state(source))
     own = {k: v for k, v in state.items() if k.startswith(prefixes)}
     target.load_state_dict(own, strict=False)
-
-
-@torch.no_grad()
-def _same_on_all_ranks(state: Mapping[str, Tensor]) -> None:
-    """Take rank 0's values everywhere, in place: all ranks see the same images, this makes their ranges equal."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in state.values():
-            dist.broadcast(tensor, src=0)

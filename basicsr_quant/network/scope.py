@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 from torch import nn
 
 WEIGHT_LAYERS = (
@@ -29,8 +31,9 @@ def body_layers(net: nn.Module) -> set[str]:
     The body are the outermost ``Sequential`` or ``ModuleList`` containers whose children are all blocks of one class,
     each with weight layers of its own: residual blocks, residual groups, dense blocks, transformer stages. First
     layers, the convolution behind the blocks, up-samplers and last layers lie outside it, as in the published codes
-    of PAMS, DAQ, CADyQ and AdaBM. A network without such blocks (SRVGGNetCompact) counts every layer but the first
-    and the last as body.
+    of PAMS, DAQ, CADyQ and AdaBM. (A row of up-samplers, each one convolution to r x r times the channels with a pixel
+    shuffle in its own forward, as MMagic writes them, is no row of blocks.) A network without such blocks
+    (SRVGGNetCompact) counts every layer but the first and the last as body.
     """
     names = list(weight_layers(net))
     containers = [prefix for prefix, module in net.named_modules() if prefix and _is_block_container(module)]
@@ -47,7 +50,15 @@ def _is_block_container(module: nn.Module) -> bool:
     kinds = {type(child) for child in children}
     if len(kinds) != 1 or isinstance(children[0], (*WEIGHT_LAYERS, nn.Sequential, nn.ModuleList)):
         return False
-    return all(weight_layers(child) for child in children)
+    return all(weight_layers(child) for child in children) and not all(_is_upsampler(child) for child in children)
+
+
+def _is_upsampler(block: nn.Module) -> bool:
+    layers = list(weight_layers(block).values())
+    if len(layers) != 1 or not isinstance(layers[0], nn.Conv2d):
+        return False
+    times, rest = divmod(layers[0].out_channels, layers[0].in_channels)
+    return times > 1 and not rest and isqrt(times) ** 2 == times
 
 
 def block_names(net: nn.Module) -> list[str]:

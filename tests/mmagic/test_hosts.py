@@ -1,0 +1,168 @@
+"""MMagic's own tools from a shell, checkpoints of both hosts, two processes, and errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('mmagic.utils', reason='MMagic is not installed (make env-mmagic)')
+
+from mmagic.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+import basicsr_quant.mmagic  # noqa: F401
+from basicsr_quant.errors import QuantError
+from basicsr_quant.mmagic.checkpoints import fit_checkpoint, save_network
+from basicsr_quant.mmagic.generator import run_of
+from basicsr_quant.models.checkpoint import read_network_file, save_network_file
+from basicsr_quant.models.conventions import _basicsr_names
+
+register_all_modules()
+DefaultScope.get_instance('tests', scope_name='mmagic')
+OPTIONS = Path(__file__).parents[2] / 'options' / 'mmagic'
+TOOLS = Path(importlib.util.find_spec('mmagic').origin).parent / '.mim' / 'tools'  # type: ignore[union-attr, arg-type]
+
+
+def run(*command: str, **environment: str) -> None:
+    done = subprocess.run([sys.executable, *command], env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_tools_train_and_test_from_a_shell(config, tmp_path):
+    file = tmp_path / 'config.py'
+    Config(config(train_cfg={'max_iters': 2, 'val_interval': 2})).dump(str(file))
+    run(str(TOOLS / 'train.py'), str(file))
+    trained = tmp_path / 'work/net_g_latest.pth'
+    assert read_network_file(str(trained)).plan.method == 'odm'  # read with weights_only=True
+    run(str(TOOLS / 'test.py'), str(file), str(trained), '--work-dir', str(tmp_path / 'tested'))
+    found = json.loads((tmp_path / 'tested/metrics.json').read_text())
+    images = found['datasets']['Photos']['images']
+    assert set(images) == {'coffee_0', 'coffee_1'} and all(image['psnr'] > 3 for image in images.values())
+    assert found['datasets']['Photos']['fab'] == 4 and found['cost']['bitops'] > 0
+    assert set(found['datasets']['Photos']['extra']) == {'PSNR'}
+    assert found['checkpoint'] == str(trained) and len(found['plan']) == 8
+
+
+def model_of(options):
+    return MODELS.build(Config(options).model)
+
+
+def randomized(model):
+    """Every tensor another value, so that a tensor left out is seen."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    run_of(model.generator).calibration = {'feature_scale': 0.25, 'images': 3}
+    return model
+
+
+@pytest.mark.parametrize('names', ['MMagic', 'BasicSR'])
+def test_a_quantized_file_of_either_host_loads_whole(config, tmp_path, names):
+    first, second, path = randomized(model_of(config())), model_of(config()), str(tmp_path / 'net_g.pth')
+    save_network(first, path)
+    if names == 'BasicSR':
+        theirs = {own: name for name, own in _basicsr_names(first.generator).items()}
+        file = read_network_file(path)
+        layers = tuple(dataclasses.replace(p, layer=theirs[f'{p.layer}.weight'][: -len('.weight')]) for p in file.plan)
+        assert 'upsample.0' in {layer.layer for layer in layers}
+        state = {theirs[key]: tensor for key, tensor in file.states['params'].items()}
+        plan = dataclasses.replace(file.plan, layers=layers)
+        save_network_file(path, {'params': state}, plan, file.calibration)
+    content = torch.load(path, weights_only=True)
+    fit_checkpoint(second, content, path)
+    for key, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[key]), key
+        assert key not in content['state_dict'] or torch.equal(tensor, content['state_dict'][key])
+    assert run_of(second.generator).has_ranges
+    assert run_of(second.generator).calibration == {'feature_scale': 0.25, 'images': 3}
+
+
+def test_a_file_of_another_plan_or_network_is_refused(config, tmp_path):
+    path = str(tmp_path / 'net_g.pth')
+    save_network(randomized(model_of(config())), path)
+    other = model_of(config({'method': 'odm', 'w_bits': 3, 'a_bits': 4}))
+    with pytest.raises(QuantError, match=r"layer 'body.0.conv1' at W4A4, the option file has it W3A4"):
+        fit_checkpoint(other, torch.load(path, weights_only=True), path)
+    wider = config()
+    wider['model']['generator']['generator']['mid_channels'] = 6
+    with pytest.raises(QuantError, match='is not of this network'):
+        fit_checkpoint(model_of(wider), torch.load(path, weights_only=True), path)
+
+
+@pytest.mark.parametrize(
+    ('quant', 'message'),
+    [
+        ({'method': 'odmm'}, "quant.method: 'odmm' given (did you mean 'odm'?)"),
+        ({'method': 'odm', 'wbits': 4}, "quant.wbits is not an option (did you mean 'w_bits'?)"),
+        ({'method': 'odm', 'w_bits': 4, 'layers': {'tail*': 'fp'}}, "quant.layers: 'tail*' matches no layer"),
+    ],
+)
+def test_errors_are_those_of_basicsr(config, quant, message):
+    with pytest.raises(QuantError) as raised:
+        model_of(config(quant))
+    assert message in str(raised.value)
+    assert '\n' not in str(raised.value)
+
+
+def test_a_forgotten_calibration_is_an_error_not_noise(config):
+    with pytest.raises(QuantError, match='RangeCalibrationHook'):
+        model_of(config()).generator(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize('file', sorted(OPTIONS.glob('*.py')), ids=lambda file: file.stem)
+def test_the_configs_build(file):
+    options = Config.fromfile(str(file))
+    if 'method' not in options.model.generator.quant:
+        options.model.generator.quant.method = 'minmax'  # the file that the others inherit
+    if options.model.generator.generator.type == 'SwinIRNet':
+        options.model.generator.generator.update(depths=[1], num_heads=[6], embed_dim=12)
+    else:
+        options.model.generator.generator.update(num_blocks=1, mid_channels=4)
+    net = MODELS.build(options.model).generator
+    assert {(p.w_bits, p.a_bits) for p in run_of(net).plan.quantized} == {(4, 4)}
+    assert not any('upsample' in p.layer for p in run_of(net).plan.quantized)
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist
+from mmagic.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.runner import Runner
+register_all_modules()
+dist.init_process_group('gloo')
+options = Config.fromfile(sys.argv[1])
+runner = Runner.from_cfg(options)
+runner.train()
+torch.save(runner.model.module.state_dict(), f'{sys.argv[2]}/rank{dist.get_rank()}.pth')
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_end_with_equal_ranges_and_weights(config, tmp_path):
+    options = config(crop=True, train_cfg={'max_iters': 2, 'val_interval': 9}, train_dataloader={'batch_size': 1})
+    wrapper = {'type': 'MMDistributedDataParallel', 'broadcast_buffers': False, 'device_ids': None}
+    Config({**options, 'model_wrapper_cfg': wrapper, 'launcher': 'pytorch'}).dump(str(tmp_path / 'config.py'))
+    common = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29533'}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, '-c', RANK, str(tmp_path / 'config.py'), str(tmp_path)],
+            env={**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for process in ranks:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
+    first, second = (torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1))
+    assert any(key.endswith('.unit') for key in first)
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
