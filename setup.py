@@ -25,6 +25,8 @@ setup(
     extras_require={
         # BasicSR's build imports torch: install it with --no-build-isolation, or pip fetches a second torch.
         'basicsr': ['basicsr==1.4.2', 'torchvision', 'lmdb', 'opencv-python', 'tqdm'],
+        'spandrel': ['spandrel==0.4.2'],  # network_g: {type: Spandrel}; Python 3.10 and newer
+        'safetensors': ['safetensors'],
         'mmagic': ['mmagic', 'mmcv', 'mmengine'],
         'test': ['pytest', 'hypothesis', 'ruff', 'mypy'],
     },

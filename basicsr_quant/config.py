@@ -71,9 +71,11 @@ class QuantConfig:
         rectified = frozenset(layer.name for layer in traced.layers if layer.rectified)
         plan = make_plan(net, request, rectified, frozenset(traced.unused))
         if self.method != 'none' and not plan.quantized:
+            refused = [layer for layer in plan if not layer.chosen]
+            because = f" (of '{refused[0].layer}': {refused[0].why})" if refused else ''
             raise QuantError(
                 f'quant: nothing is left to quantize: scope {self.scope!r}, w_bits {self.w_bits}, a_bits {self.a_bits} '
-                "and quant.layers leave every layer in floating point; use 'method: none' if that is meant"
+                f"and quant.layers leave every layer in floating point{because}; use 'method: none' if that is meant"
             )
         method_of(plan).check(plan)
         return plan
@@ -87,8 +89,8 @@ class _Scalars:
     a_bits: int = 8
     scope: str = option('body', choices=('body', 'all'))
     skip: str = option('fp', choices=('fp',))
-    w_granularity: str = option('tensor', choices=('tensor', 'channel'))
-    zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045 (as above)
+    w_granularity: Optional[str] = option(None, choices=('tensor', 'channel'))  # noqa: UP045 (as above)
+    zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045
     feature_scale: Union[float, str] = 'auto'  # noqa: UP007
     reference_compat: bool = False
 
@@ -128,10 +130,13 @@ def read_config(block: Any) -> QuantConfig:
         reference_compat=scalars.reference_compat,
         options=block.get(method),
     )
+    w_bits, a_bits = _bits(scalars.w_bits, 'quant.w_bits'), _bits(scalars.a_bits, 'quant.a_bits')
+    if METHODS[method].chooses_bits:
+        settings['bits'] = f'W{w_bits}A{a_bits}'
     return QuantConfig(
         method=method,
-        w_bits=_bits(scalars.w_bits, 'quant.w_bits'),
-        a_bits=_bits(scalars.a_bits, 'quant.a_bits'),
+        w_bits=w_bits,
+        a_bits=a_bits,
         scope=scalars.scope,
         layers=_read_layers(block.get('layers')),
         settings=settings,

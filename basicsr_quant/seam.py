@@ -111,17 +111,19 @@ def _keep_test_sets(opt: dict[str, Any]) -> None:
 def _prepare(
     raw: dict[str, Any], command: str, root: str, is_train: bool, given: argparse.Namespace
 ) -> dict[str, Any] | None:
-    from .data.check import check_options
+    from .data.check import check_checkpoints, check_options
     from .models.preparation import can_report, prepare
 
     resuming = is_train and _resumes(raw, root, given)
-    check_options(raw, is_train, resuming)
+    ours = raw.get('quant') is not None or bool(_REQUEST and command != 'train')
+    check_options(raw, is_train, resuming, own_reader=ours)
     if 'sparsity' in raw:
         raise QuantError('sparsity is not available in this version; remove the block')
     block = raw.get('quant')
     if block is None:
         # `basicsr test` on a stock file: the host's test, and our result files where the network permits.
-        if command == 'train' or not _REQUEST or not can_report(raw):
+        if not ours or not can_report(raw):
+            check_checkpoints(raw['path'], resuming)
             return None
         block = {'method': 'none'}
     wanted = {'command': command, 'root': root, 'is_train': is_train, 'debug': given.debug}

@@ -140,7 +140,9 @@ def test_a_layer_whose_forward_is_never_called_stays_in_floating_point(build):
     net = build('ECBSR', {'num_in_ch': 1, 'num_out_ch': 1, 'num_block': 2, 'num_channel': 8, 'with_idt': False,
                           'act_type': 'prelu', 'scale': 2})  # fmt: skip
     plan = make_plan(net, request(scope='all'), unused=frozenset(trace(net).unused))
-    assert not plan.quantized and {layer.why for layer in plan} == {'the network never calls it'}
+    assert not plan.quantized and {layer.why for layer in plan} == {
+        'cannot be quantized: the network never calls it, or only reads its weight'
+    }
     with pytest.raises(QuantError, match='nothing is left to quantize'):
         read_config({'method': 'odm'}).plan(net, trace(net))
 

@@ -27,7 +27,9 @@ _AUGMENT: dict[str, tuple[str, ...]] = {'PairedImageDataset': ('gt_size', 'use_h
 _PHASES = ('train', 'val', 'test')
 
 
-def check_options(opt: Mapping[str, Any], is_train: bool, resuming: bool = False) -> None:
+def check_options(
+    opt: Mapping[str, Any], is_train: bool, resuming: bool = False, own_reader: bool = False
+) -> None:
     """Check the options that the host reads, its data sets and its checkpoints.
 
     Call it after the user's ``imports:``, so that their components are registered. The ``quant:`` block is not looked
@@ -38,6 +40,8 @@ def check_options(opt: Mapping[str, Any], is_train: bool, resuming: bool = False
         opt: the option file's content, before the host's ``parse_options`` adds to it.
         is_train: for training; else for testing and calibrating.
         resuming: the run goes on from a training state, so ``path.pretrain_network_*`` are not read.
+        own_reader: ``path.pretrain_network_g`` is read by this package, which takes more kinds of files than the host;
+            the file is not looked into here.
 
     Raises:
         QuantError: one sentence that names the option, what was given and what is allowed.
@@ -56,7 +60,7 @@ def check_options(opt: Mapping[str, Any], is_train: bool, resuming: bool = False
         images = check_dataset(data, f'datasets.{phase}', training=phase == 'train')
         if phase == 'train':
             _check_batches(opt, data, images)
-    _check_checkpoints(opt['path'], resuming)
+    check_checkpoints(opt['path'], resuming, skip=('pretrain_network_g',) if own_reader else ())
 
 
 def phases(datasets: Mapping[str, Any], is_train: bool) -> list[str]:
@@ -181,12 +185,15 @@ def _check_batches(opt: Mapping[str, Any], data: Mapping[str, Any], images: int 
                          f'dataset_enlarge_ratio {ratio} do not fill one batch of {needed}')
 
 
-def _check_checkpoints(path: Mapping[str, Any], resuming: bool) -> None:
+def check_checkpoints(path: Mapping[str, Any], resuming: bool, skip: tuple[str, ...] = ()) -> None:
+    """Check the files that ``path`` names, as the host reads them; of those in ``skip`` only that they exist."""
     state = path.get('resume_state')
     if state and not os.path.isfile(os.path.expanduser(state)):
         raise QuantError(f'path.resume_state {state} does not exist')
     for key, file in path.items():
         if key.startswith('pretrain_network') and file and not (resuming or state):
+            if key in skip and os.path.isfile(os.path.expanduser(file)):
+                continue
             param_key = path.get(key.replace('pretrain_network', 'param_key'), 'params')
             read_checkpoint(os.path.expanduser(file), f'path.{key}', param_key)
 

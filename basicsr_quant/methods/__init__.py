@@ -1,6 +1,6 @@
 """Quantization methods, one file per paper. Importing this package registers them."""
 
-from . import adabm, daq, lsq, none, observed, odm, pams
+from . import adabm, auto, daq, lsq, none, observed, odm, pams
 from .base import METHODS, Method, Training, method_of, quantize, settings_of
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     'Method',
     'Training',
     'adabm',
+    'auto',
     'daq',
     'lsq',
     'method_of',

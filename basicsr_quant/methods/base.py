@@ -54,6 +54,8 @@ class Method:
         Options: Frozen dataclass of the options under the method's own key.
         default_zero_point: What the method's paper uses.
         zero_points: What ``quant.zero_point`` may be.
+        default_w_granularity: ``tensor`` (the papers) or ``channel``.
+        chooses_bits: Whether calibration may give layers other bits than the plan says.
         has_reference_compat: Whether published code exists whose faults ``reference_compat`` reproduces.
     """
 
@@ -61,6 +63,8 @@ class Method:
     Options: ClassVar[type] = RangeOptions
     default_zero_point: ClassVar[str] = 'float'
     zero_points: ClassVar[tuple[str, ...]] = ('float', 'integer')
+    default_w_granularity: ClassVar[str] = 'tensor'
+    chooses_bits: ClassVar[bool] = False
     has_reference_compat: ClassVar[bool] = False
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -222,7 +226,7 @@ def settings_of(method: str, **settings: Any) -> dict[str, Any]:
     options: Any = read(cls.Options, settings.pop('options', None), f'quant.{method}')
     plain: dict[str, Any] = {
         'zero_point': cls.default_zero_point,
-        'w_granularity': 'tensor',
+        'w_granularity': cls.default_w_granularity,
         'reference_compat': False,
         'options': dataclasses.asdict(options),
     }

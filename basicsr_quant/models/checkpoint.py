@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from ..compat.files import atomic_save
 from ..errors import QuantError
+from ..methods import METHODS
 from ..network.plan import Plan
 from ..network.surgery import quant_state
+from . import conventions
 
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """What a ``.pth`` file holds.
+    """What a network file holds.
 
     Attributes:
         path: Where it was read.
-        states: State dicts by key: ``params``, ``params_ema``; ``None`` for a file that is a bare state dict.
+        states: State dicts by key: ``params``, ``params_ema``, ``state_dict``; ``None`` for a file that is a bare state
+            dict.
         plan: The plan of a quantized file, else None.
         calibration: What calibration measured (``feature_scale``), of a quantized file.
     """
@@ -32,29 +35,39 @@ class NetworkFile:
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def state(self, key: str | None) -> tuple[str | None, dict[str, Tensor]]:
-        """The state dict under ``key``, without ``module.`` prefixes; ``params`` stands in for a missing key.
+        """The state dict under ``key``, without the prefixes ``module.`` and ``generator.``.
+
+        For a missing key ``params`` stands in, or the entry of another project (``state_dict``, or the file itself).
+        ``params_ema`` of a file of MMagic are the tensors ``generator_ema.``.
 
         Returns:
             The key that was found, and the state dict.
         """
-        if key not in self.states and len(self.states) == 1 and None in self.states:
-            key = None
-        if key not in self.states and 'params' in self.states:
-            key = 'params'
-        if key not in self.states:
+        found = next((k for k in (key, 'params', 'state_dict', 'model', None) if k in self.states), key)
+        if found not in self.states:
             have = ', '.join(str(k) for k in self.states)
             raise QuantError(f"{self.path} has no entry '{key}' (path.param_key_g); it has: {have}")
-        return key, {k.removeprefix('module.'): v for k, v in self.states[key].items()}
+        state = {k.removeprefix('module.'): v for k, v in self.states[found].items()}
+        for prefix in ('generator_ema.',) * (key == 'params_ema') + ('generator.',):
+            inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if inner:
+                return found, inner
+        return found, state
 
 
 def read_network_file(path: str) -> NetworkFile:
-    """Read a network file with ``weights_only=True``.
+    """Read a ``.pth`` file with ``weights_only=True``, or a ``.safetensors`` file.
 
     Raises:
         QuantError: if it is missing, cannot be read, or holds no state dict.
     """
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        if path.endswith('.safetensors'):
+            content: Any = _read_safetensors(path)
+        else:
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except QuantError:
+        raise
     except FileNotFoundError:
         raise QuantError(f'there is no checkpoint {path}') from None
     except Exception as error:
@@ -74,28 +87,46 @@ def read_network_file(path: str) -> NetworkFile:
     return NetworkFile(path, states, plan, dict(entry.get('calibration', {})) if entry else {})
 
 
+def _read_safetensors(path: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise QuantError(f'{path} is read with the package safetensors; install it: pip install safetensors') from None
+    return load_file(path)  # type: ignore[no-any-return]
+
+
 def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
-def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool = True) -> None:
+def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool = True) -> str | None:
     """Load one state dict of ``file`` into ``net``, which may be quantized.
 
-    An FP32 file may lack quantizer tensors and nothing else. A quantized file loads whole.
+    An FP32 file may lack quantizer tensors and counts of batches, which only training reads, and nothing else; it may
+    have the names of another project, see :mod:`.conventions`. A quantized file loads whole.
+
+    Returns:
+        Whose names the file has; None where they are the network's own.
 
     Raises:
         QuantError: naming the first tensors that do not fit.
     """
     _, state = file.state(key)
+    named = None
+    if file.plan is None:
+        state, named = conventions.adapt(net, state, file.path)
     own = net.state_dict()
     ranges = tuple(f'{name}.' for name in quant_state(net))
-    missing = [k for k in own if k not in state and not (file.plan is None and k.startswith(ranges))]
+    missing = [k for k in own if k not in state]
+    if file.plan is None:
+        missing = [k for k in missing if not k.startswith(ranges) and not k.endswith('.num_batches_tracked')]
     unexpected = [k for k in state if k not in own]
     resized = [k for k in own if k in state and own[k].shape != state[k].shape]
     if strict and (missing or unexpected or resized):
         wrong = _differences(missing, unexpected, resized, own, state)
         raise QuantError(f'{file.path} is not of this network: {wrong}')
     net.load_state_dict({k: v for k, v in state.items() if k in own and k not in resized}, strict=False)
+    return named
 
 
 def _differences(
@@ -123,7 +154,7 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
             f"{file.path} was made with quant.method '{theirs.method}', the option file says '{plan.method}'"
         )
     for key, value in plan.settings.items():
-        if key in ('zero_point', 'w_granularity') and theirs.settings.get(key) != value:
+        if key in ('zero_point', 'w_granularity', 'bits') and theirs.settings.get(key) != value:
             raise QuantError(
                 f"{file.path} was made with quant.{key} '{theirs.settings.get(key)}', the option file says '{value}'"
             )
@@ -131,6 +162,8 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
     for layer in theirs.quantized:
         mine = ours.pop(layer.layer, None)
         bits = None if mine is None else (mine.w_bits, mine.a_bits)
+        if bits is not None and METHODS[plan.method].chooses_bits:
+            continue  # the bits that were asked for are among the settings
         if bits != (layer.w_bits, layer.a_bits):
             here = 'in floating point' if bits is None else f'W{bits[0]}A{bits[1]}'
             raise QuantError(

@@ -105,6 +105,8 @@ def build_float(network: Mapping[str, Any]) -> nn.Module:
     try:
         with preserved():
             return ARCH_REGISTRY.get(kind)(**options)  # type: ignore[no-any-return]
+    except QuantError:
+        raise
     except (TypeError, ValueError, KeyError) as error:
         raise QuantError(f'network_g: {kind} cannot be built from its options: {error}') from None
 

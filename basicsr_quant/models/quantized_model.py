@@ -23,7 +23,7 @@ from ..methods import method_of
 from ..methods.base import Training
 from ..network.patches import Patchwise
 from ..network.stages import Stages
-from ..network.surgery import quant_state, quantizers
+from ..network.surgery import plan_in_force, quant_state, quantizers
 from . import checkpoint
 from .evaluation import Evaluation
 
@@ -61,6 +61,8 @@ class QuantizedModelMixin:
             opt['find_unused_parameters'] = True
         super().__init__(opt)  # type: ignore[call-arg]
         self._calibrate_if_needed()
+        if self._method.chooses_bits:
+            self._run['plan'] = plan_in_force(self._bare(), self._run['plan'])
         if opt['is_train']:
             self._begin_training()
         else:
@@ -152,7 +154,9 @@ class QuantizedModelMixin:
         found, _ = file.state(param_key)
         kind = 'FP32' if file.plan is None else f'quantized ({file.plan.method})'
         logger.info('Loading %s from %s, a %s file, with param key: [%s].', type(bare).__name__, load_path, kind, found)
-        checkpoint.load_state(bare, file, param_key, strict)
+        named = checkpoint.load_state(bare, file, param_key, strict)
+        if named is not None:
+            logger.info('Its tensors have the names of %s.', named)
         return None
 
     @master_only

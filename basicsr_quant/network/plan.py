@@ -9,6 +9,9 @@ from typing import Any
 FLOAT_BITS = 32
 """The number of bits that stands for floating point, in option files, plans and BitOPs."""
 
+CANNOT = 'cannot be quantized: '
+"""What the reason of a layer begins with that is in floating point although the options quantize it."""
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -33,6 +36,11 @@ class LayerPlan:
     @property
     def is_quantized(self) -> bool:
         return self.w_bits < FLOAT_BITS or self.a_bits < FLOAT_BITS
+
+    @property
+    def chosen(self) -> bool:
+        """False for a layer that is in floating point because it cannot be quantized, not because of the options."""
+        return not self.why.startswith(CANNOT)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import QuantError, nearest
 from ..nn import QUANTIZED_TWINS
-from .plan import FLOAT_BITS, LayerPlan, Plan
+from .plan import CANNOT, FLOAT_BITS, LayerPlan, Plan
 from .scope import body_layers, weight_layers
 
 _END_BITS = 8
@@ -74,10 +75,12 @@ def make_plan(
         if (w_bits, a_bits) != (FLOAT_BITS, FLOAT_BITS) and type(module) not in QUANTIZED_TWINS:
             kinds = ' and '.join(kind.__name__ for kind in QUANTIZED_TWINS)
             w_bits = a_bits = FLOAT_BITS
-            why = f'a {type(module).__name__} stays in floating point; quantized are {kinds}'
+            why = f'{CANNOT}a {type(module).__name__} stays in floating point; quantized are {kinds}'
+            if is_parametrized(module):
+                why += '; remove its parametrization first (torch.nn.utils.parametrize)'
         elif (w_bits, a_bits) != (FLOAT_BITS, FLOAT_BITS) and name in unused:
             w_bits = a_bits = FLOAT_BITS
-            why = 'the network never calls it'
+            why = f'{CANNOT}the network never calls it, or only reads its weight'
         planned.append(
             LayerPlan(
                 layer=name,

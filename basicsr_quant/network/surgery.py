@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -85,6 +86,21 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
 def quant_state(net: nn.Module) -> list[str]:
     """Names of the modules that quantization added to ``net``: quantizers, and measures of the whole network."""
     return [name for name, m in net.named_modules() if isinstance(m, (Quantizer, NetworkMeasure))]
+
+
+def plan_in_force(net: nn.Module, plan: Plan) -> Plan:
+    """``plan`` with the bits that the quantizers of ``net`` have, where a method chose others."""
+    layers = quant_layers(net)
+
+    def bits(layer: LayerPlan) -> LayerPlan:
+        found: Any = layers.get(layer.layer)
+        if found is None:
+            return layer
+        a_bits = getattr(found.input_quantizer, 'num_bits', layer.a_bits)
+        w_bits = getattr(found.weight_quantizer, 'num_bits', layer.w_bits)
+        return dataclasses.replace(layer, a_bits=a_bits, w_bits=w_bits)
+
+    return dataclasses.replace(plan, layers=tuple(bits(layer) for layer in plan))
 
 
 @contextmanager

@@ -104,21 +104,30 @@ def trace(net: nn.Module, input_shape: tuple[int, ...] | None = None, *, compute
         QuantError: if the network cannot be run on such an input.
     """
     shapes = _default_shapes(net) if input_shape is None else [(1, *input_shape[1:])]
-    reason: Exception | None = None
+    reasons: dict[tuple[int, ...], Exception] = {}
     for run in (_run_on_meta, _run_in_place) if compute else (_run_on_meta,):
-        for index, shape in enumerate(shapes):
+        for shape in shapes:
             try:
                 with random_state.preserved(), torch.random.fork_rng(devices=_cuda_devices(net)):
                     recording = run(net, shape)
                 return _report(net, shape, recording)
             except Exception as error:  # anything may go wrong in a forward that was made for other inputs
-                reason = error if index == 0 else reason
-    said = ' '.join(str(reason).split())[:200]
-    tried = 'x'.join(map(str, shapes[0])) + (f' (nor of {len(shapes) - 1} other shapes)' if shapes[1:] else '')
+                reasons[shape] = error
+    tried = _text(shapes[0]) + (f' (nor of {len(shapes) - 1} other shapes)' if shapes[1:] else '')
+    said = _said(reasons[shapes[0]])
+    clip = next((shape for shape in shapes if shape in _CLIPS and _said(reasons[shape]) != said), None)
     raise QuantError(
         f'the layers of {type(net).__name__} cannot be listed, because it does not run on an input of shape {tried}: '
-        f'{type(reason).__name__}: {said}'
-    ) from reason
+        f'{said}' + (f'; as a video of shape {_text(clip)}: {_said(reasons[clip])}' if clip else '')
+    ) from reasons[shapes[0]]
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return 'x'.join(map(str, shape))
+
+
+def _said(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
 
 def _default_shapes(net: nn.Module) -> list[tuple[int, ...]]:

@@ -27,7 +27,12 @@ class Observer:
 
     Args:
         per_channel: One range for each index of dimension 0 (weights), instead of one for the tensor.
+
+    Attributes:
+        channel_dim: The dimension that ``per_channel`` means, 0 unless set.
     """
+
+    channel_dim = 0
 
     def __init__(self, per_channel: bool = False) -> None:
         self.per_channel = per_channel
@@ -42,8 +47,10 @@ class Observer:
         """View ``x`` as (channels, values), channels = 1 per tensor; in float32 or wider."""
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         if self.per_channel:
-            self._shape = (x.shape[0],) + (1,) * (x.dim() - 1)
-            return x.reshape(x.shape[0], -1)
+            shape = [1] * x.dim()
+            shape[self.channel_dim] = x.shape[self.channel_dim]
+            self._shape = tuple(shape)
+            return x.movedim(self.channel_dim, 0).reshape(x.shape[self.channel_dim], -1)
         self._shape = ()
         return x.reshape(1, -1)
 
@@ -133,8 +140,8 @@ class PercentileObserver(_MeanObserver):
 class MSEObserver(Observer):
     """The range whose b-bit grid reconstructs the seen values with the least squared error (OMSE).
 
-    Keeps at most ``samples`` values of a channel or tensor, the same number of each batch however many there are,
-    drawn with a random state of its own. At the end it searches lower and upper in turn, :func:`search_mse_range`.
+    Keeps at most ``samples`` values of a channel or tensor, the same number of each batch however many there are, drawn
+    with a random state of its own. At the end it searches lower and upper in turn, :func:`search_mse_range`.
 
     Args:
         bits: Bits of the grid.
@@ -171,11 +178,16 @@ class MSEObserver(Observer):
             self._samples = [s[:, : self._each].clone() for s in self._samples]
 
     def range(self) -> tuple[Tensor, Tensor]:
+        return self.search(self.bits)[:2]
+
+    def search(self, bits: int, every: int = 1) -> tuple[Tensor, Tensor, float]:
+        """The range for another number of bits, and its mean squared error; on every ``every``-th value kept."""
         assert self._samples, 'range() before update()'
-        values = torch.cat(self._samples, dim=1)
-        return self._shaped(
-            *search_mse_range(values, self.bits, self.symmetric, self.narrow_range, self.zero_point)
-        )
+        values = torch.cat(self._samples, dim=1)[:, ::every]
+        settings = {'narrow_range': self.narrow_range, 'zero_point': self.zero_point}
+        lower, upper = search_mse_range(values, bits, self.symmetric, **settings)  # type: ignore[arg-type]
+        rounded = fake_quantize(values, lower[:, None], upper[:, None], bits, **settings)  # type: ignore[arg-type]
+        return *self._shaped(lower, upper), float((rounded - values).square().mean())
 
 
 def percentile(rows: Tensor, percent: float) -> Tensor:

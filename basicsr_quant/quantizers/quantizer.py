@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,16 @@ class Quantizer(nn.Module):
         return fake_quantize(
             x, lower, upper, self.num_bits, zero_point=self.zero_point, narrow_range=self.narrow_range
         )
+
+    def set_bits(self, bits: int) -> None:
+        """Change the grid to ``bits`` bits; the range stays."""
+        self.num_bits = bits
+        self.bits.fill_(bits)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.bits.is_meta:
+            self.num_bits = int(self.bits)  # a method may have chosen other bits than the plan's
 
     def extra_repr(self) -> str:
         return f'bits={self.num_bits}, zero_point={self.zero_point}' + (', narrow' if self.narrow_range else '')
