@@ -66,7 +66,7 @@ class AdaptiveRange(LearnedRange):
 
 
 def per_sample(bits: Tensor, x: Tensor) -> Tensor:
-    """Bits (N,) of N images, or () of all, in the shape that broadcasts against ``x``, whose dimension 0 holds the images
+    """Bits (N,) of N images, or () of all, in the shape that broadcasts against ``x``, whose dimension 0 holds images
     one after another, each perhaps in several parts (windows, frames)."""
     if bits.dim() == 0:
         return bits.reshape(*[1] * x.dim())
