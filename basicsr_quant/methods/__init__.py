@@ -1,6 +1,6 @@
 """Quantization methods, one file per paper. Importing this package registers them."""
 
-from . import adabm, auto, daq, lsq, none, observed, odm, pams
+from . import adabm, auto, cadyq, daq, lsq, none, observed, odm, pams
 from .base import METHODS, Method, Training, method_of, quantize, settings_of
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     'Training',
     'adabm',
     'auto',
+    'cadyq',
     'daq',
     'lsq',
     'method_of',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..compat.files import atomic_save
 from ..errors import QuantError
-from ..methods import METHODS
+from ..methods import METHODS, method_of
 from ..network.plan import Plan
 from ..network.surgery import quant_state
 from . import conventions
@@ -149,7 +149,7 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
     """Refuse a quantized file whose plan is not the option file's."""
     assert file.plan is not None
     theirs = file.plan
-    if theirs.method != plan.method:
+    if theirs.method != plan.method and theirs.method not in METHODS[plan.method].starts_from:
         raise QuantError(
             f"{file.path} was made with quant.method '{theirs.method}', the option file says '{plan.method}'"
         )
@@ -157,6 +157,12 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
         if key in ('zero_point', 'w_granularity', 'bits') and theirs.settings.get(key) != value:
             raise QuantError(
                 f"{file.path} was made with quant.{key} '{theirs.settings.get(key)}', the option file says '{value}'"
+            )
+    if theirs.method == plan.method:
+        found, wanted = (p.settings.get('options', {}).get('bits') for p in (theirs, plan))
+        if found is not None and wanted is not None and tuple(found) != tuple(wanted):
+            raise QuantError(
+                f'{file.path} was made with quant.{plan.method}.bits {list(found)}, the option file says {list(wanted)}'
             )
     ours = {layer.layer: layer for layer in plan.quantized}
     for layer in theirs.quantized:
@@ -172,6 +178,16 @@ def compare_plans(file: NetworkFile, plan: Plan) -> None:
             )
     if ours:
         raise QuantError(f"{file.path} has layer '{next(iter(ours))}' in floating point, the option file quantizes it")
+
+
+def adopted(file: NetworkFile, net: nn.Module, plan: Plan) -> NetworkFile:
+    """A quantized file as the network of ``plan`` loads it: where another method made it, its tensors made over."""
+    if file.plan is None or file.plan.method == plan.method:
+        return file
+    method, own = method_of(plan), net.state_dict()
+    scale = float(file.calibration.get('feature_scale', 1.0))
+    states = {key: method.adopt(state, own, scale) for key, state in file.states.items()}
+    return replace(file, states=states, plan=plan)
 
 
 def save_network_file(path: str, states: Mapping[str, dict[str, Tensor]], plan: Plan, calibration: Any) -> None:

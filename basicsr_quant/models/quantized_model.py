@@ -154,6 +154,7 @@ class QuantizedModelMixin:
         found, _ = file.state(param_key)
         kind = 'FP32' if file.plan is None else f'quantized ({file.plan.method})'
         logger.info('Loading %s from %s, a %s file, with param key: [%s].', type(bare).__name__, load_path, kind, found)
+        file = checkpoint.adopted(file, bare, self._run['plan'])
         named = checkpoint.load_state(bare, file, param_key, strict)
         if named is not None:
             logger.info('Its tensors have the names of %s.', named)
