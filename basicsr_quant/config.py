@@ -89,6 +89,7 @@ class QuantConfig:
     calibration: CalibrationConfig | None = None
     patch: PatchConfig | None = None
     distill: DistillConfig | None = None
+    save_bits: bool = False
 
     def plan(self, net: nn.Module, traced: NetworkTrace) -> Plan:
         """Plan ``net``, an FP32 network; ``traced`` tells which inputs follow a ReLU.
@@ -122,6 +123,7 @@ class _Scalars:
     zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045
     feature_scale: Union[float, str] = 'auto'  # noqa: UP007
     reference_compat: bool = False
+    save_bits: bool = False
 
 
 def read_config(block: Any) -> QuantConfig:
@@ -173,6 +175,7 @@ def read_config(block: Any) -> QuantConfig:
         calibration=_read_calibration(block.get('calibration')),
         patch=_read_patch(block.get('patch')),
         distill=_read_distill(block.get('distill')),
+        save_bits=scalars.save_bits,
     )
 
 

@@ -46,8 +46,8 @@ def prepare(
         asked: What the command line asked for beside the host's flags.
 
     Returns:
-        ``plan``, ``calibration``, ``feature_scale``, ``patch``, ``distill``, ``checkpoint``, ``param_key``, ``note``,
-        ``experiment``, ``w_bits``, ``a_bits``, ``command``, ``card``.
+        ``plan``, ``calibration``, ``feature_scale``, ``patch``, ``save_bits``, ``distill``, ``checkpoint``,
+        ``param_key``, ``note``, ``experiment``, ``w_bits``, ``a_bits``, ``command``, ``card``.
     """
     config = read_config(block)
     _check_model(raw['model_type'], config, is_train)
@@ -68,6 +68,7 @@ def prepare(
         'calibration': config.calibration,
         'feature_scale': config.feature_scale,
         'patch': config.patch,
+        'save_bits': config.save_bits,
         'distill': _distill(raw, config, net, plan) if is_train else None,
         'checkpoint': path,
         'param_key': key,
