@@ -51,6 +51,34 @@ class PatchConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """``quant.distill``: a teacher beside the training, see :class:`~.methods.distillation.Distillation`.
+
+    Args:
+        teacher: ``start`` (the network that training starts from, ``path.pretrain_network_g``), ``fp32`` (the same,
+            which has to be in floating point), or the path of a network file, in floating point or quantized.
+        loss: ``attention`` (PAMS, CADyQ, DDTB) or ``feature`` (AdaBM).
+        layers: Globs over module names, a list or glob -> weight; None: the last block of the body.
+        weight: For layers without a weight of their own; 1000 in the papers for the final body feature.
+    """
+
+    teacher: str = 'start'
+    loss: str = option('attention', choices=('attention', 'feature'))
+    layers: Optional[Union[dict, tuple]] = None  # type: ignore[type-arg]  # noqa: UP007, UP045
+    weight: float = option(1000.0, low=0.0)
+
+    def layer_weights(self) -> dict[str, float] | None:
+        """Glob -> weight."""
+        if self.layers is None:
+            return None
+        given = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(self.layers, self.weight)
+        for glob, weight in given.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float('inf'):
+                raise QuantError(f"quant.distill.layers.'{glob}': {weight!r} given, a number of at least 0 needed")
+        return {str(glob): float(weight) for glob, weight in given.items()}
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """The whole block. See the README for what each key means."""
 
@@ -67,6 +95,8 @@ class QuantConfig:
     fold_bn: bool | None = None
     equalize: bool = False
     patch: PatchConfig | None = None
+    distill: DistillConfig | None = None
+    save_bits: bool = False
 
     def plan(self, net: nn.Module, traced: NetworkTrace, *, training: bool = False) -> Plan:
         """Plan ``net``, an FP32 network; ``traced`` tells which inputs follow a ReLU, and what can be folded.
@@ -135,6 +165,7 @@ class _Scalars:
     fold_bn: Optional[bool] = None  # noqa: UP045 (as above)
     equalize: bool = False
     bias_correction: str = option('none', choices=('none', 'empirical'))
+    save_bits: bool = False
 
 
 def read_config(block: Any) -> QuantConfig:
@@ -162,7 +193,7 @@ def read_config(block: Any) -> QuantConfig:
                 f'quant.{other} is given, but quant.method is {method!r}; options of a method go with it only'
             )
     scalar_keys = list(_Scalars.__dataclass_fields__)
-    check_keys(block, ['method', *scalar_keys, 'layers', 'calibration', 'patch', method], 'quant')
+    check_keys(block, ['method', *scalar_keys, 'layers', 'calibration', 'patch', 'distill', method], 'quant')
     scalars = read(_Scalars, {k: block[k] for k in scalar_keys if k in block}, 'quant')
     _check_method(method, scalars)
     settings = settings_of(
@@ -190,6 +221,8 @@ def read_config(block: Any) -> QuantConfig:
         fold_bn=scalars.fold_bn,
         equalize=scalars.equalize,
         patch=_read_patch(block.get('patch')),
+        distill=_read_distill(block.get('distill')),
+        save_bits=scalars.save_bits,
     )
 
 
@@ -256,3 +289,11 @@ def _read_patch(given: Any) -> PatchConfig | None:
             'pixels between the patches would be lost'
         )
     return patch
+
+
+def _read_distill(given: Any) -> DistillConfig | None:
+    if given is None:
+        return None
+    distill = read(DistillConfig, given, 'quant.distill')
+    distill.layer_weights()
+    return distill

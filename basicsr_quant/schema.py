@@ -67,6 +67,8 @@ def _value(value: Any, hint: Any, metadata: Mapping[str, Any], path: str) -> Any
         return None
     if dict in kinds and isinstance(value, Mapping):
         return dict(value)
+    if tuple in kinds and isinstance(value, (list, tuple)):
+        return tuple(value)
     for kind in (bool, int, float, str):
         if kind in kinds:
             ok, converted = _convert(value, kind)
@@ -110,7 +112,10 @@ def _allowed(metadata: Mapping[str, Any], kinds: tuple[type, ...]) -> str:
     if metadata.get('choices'):
         return 'one of ' + ' | '.join(str(c) for c in metadata['choices'])
     low, high = metadata.get('low'), metadata.get('high')
-    names = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', dict: '`key: value` pairs'}
+    names = {
+        int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', dict: '`key: value` pairs',
+        tuple: 'a list',
+    }  # fmt: skip
     text = ' or '.join(names[k] for k in kinds if k in names)
     if low is not None and high is not None:
         return f'{text} from {low:g} to {high:g}'

@@ -28,6 +28,7 @@ def test_there_is_a_file_for_every_method_and_width():
     baselines = {f'EDSR_x4_W4A4_{m}' for m in ('ODMv1', 'PAMS', 'DAQ', 'AdaBM', 'LSQ', 'auto')}
     mobile = {f'{net}_x2_{kind}' for net in ('ABPN', 'XLSR') for kind in ('FP32', 'W8A8_CFQP')}
     baselines |= {f'EDSR_x4_W4A4_{m}' for m in ('MinMax', 'Percentile', 'MSE')}
+    baselines |= {f'{net}_x4_W8A8_{m}' for net in ('EDSR', 'SRResNetBN', 'CARN', 'IDN') for m in ('PAMS', 'CADyQ')}
     assert odm | baselines | mobile | {'EDSR_x4_W8A8_PAMS', 'EDSR_x4_FP32', 'EDSR_x2_FP32'} <= stems
 
 
@@ -50,7 +51,7 @@ def test_quant_block_is_accepted_and_is_what_the_name_says(file):
     assert method.lower() == config.method.replace('_', '')
 
 
-@named([f for f in FILES if f.stem.startswith('EDSR')])
+@named([f for f in FILES if f.stem.startswith('EDSR') and 'CADyQ' not in f.stem])
 def test_papers_schedule(file):
     opt = read(file)
     train = opt['train']
@@ -60,7 +61,22 @@ def test_papers_schedule(file):
         assert opt['datasets']['train']['batch_size_per_gpu'] == 8
 
 
-@named([f for f in FILES if f.stem.startswith('EDSR')])
+@named([f for f in FILES if 'CADyQ' in f.stem])
+def test_both_stages_of_cadyq_fit_together(file):
+    first, second = read(file.with_name(file.name.replace('CADyQ', 'PAMS'))), read(file)
+    assert second['path']['pretrain_network_g'] == f'experiments/{first["name"]}/models/net_g_latest.pth'
+    assert first['network_g'] == second['network_g']
+    assert first['quant'].get('layers') == second['quant'].get('layers')
+    carn = file.stem.startswith('CARN')
+    train, cadyq = second['train'], second['quant']['cadyq']
+    wanted = (600000, [400000]) if carn else (300000, [150000])
+    assert (train['total_iter'], train['scheduler']['milestones']) == wanted
+    assert train['optim_g']['lr'] * cadyq['selector_lr'] == pytest.approx(1e-3 if carn else 1e-4)
+    assert second['datasets']['train']['batch_size_per_gpu'] == 16 and second['datasets']['train']['gt_size'] == 192
+    assert sorted(second['quant']['distill']['layers'].values()) == [100, 1000]
+
+
+@named([f for f in FILES if not f.stem.startswith('demo')])
 def test_data_lie_where_the_preparing_tool_puts_them(file):
     opt = read(file)
     train, scale = opt['datasets']['train'], opt['scale']

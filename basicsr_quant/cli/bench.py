@@ -52,24 +52,27 @@ def run(args: argparse.Namespace) -> None:
         _deploy(raw, args)
         return
     net, batch = _network(raw), _batch(raw, args)
-    methods = args.methods or [(raw.get('quant') or {}).get('method')]
+    methods = args.methods or [_own(raw)]
     if args.memory_of is not None:
         from ..report.step_time import peak_memory
 
-        plan = None if args.memory_of == 'plain' else _plan(raw, net, args.memory_of)
-        print(peak_memory(net, plan, batch))
+        method, _, teacher = args.memory_of.partition('+')
+        plan = None if method == 'plain' else _plan(raw, net, method)
+        print(peak_memory(net, plan, batch, distill=_distill(raw, net) if teacher else None))
         return
     from ..report.step_time import compare_steps
     from ..report.tables import markdown
 
     plain_bytes = _memory(args, 'plain')
     rows = []
-    for method in methods:
+    distill = _distill(raw, net)
+    for method, teacher in ((m, t) for m in methods for t in (None, distill) if t is None or m == _own(raw)):
         plan = _plan(raw, net, method)
-        found = compare_steps(net, plan, batch, args.pairs)
-        grown = _memory(args, method)
+        found = compare_steps(net, plan, batch, args.pairs, distill=teacher)
+        grown = _memory(args, method if teacher is None else f'{method}+teacher')
         rows.append([
-            str(method), f'{found.ratio:.2f}x', f'{found.low:.2f}-{found.high:.2f}', f'{grown / plain_bytes:.2f}x',
+            str(method) if teacher is None else f'{method} with teacher',
+            f'{found.ratio:.2f}x', f'{found.low:.2f}-{found.high:.2f}', f'{grown / plain_bytes:.2f}x',
         ])  # fmt: skip
     lq = batch[0]
     shape = 'x'.join(map(str, lq.shape))
@@ -180,6 +183,22 @@ def _plan(raw: dict[str, Any], net: Any, method: str | None) -> Any:
         raise QuantError('quant.method is missing in the option file; give it there, or by --methods')
     block = {k: v for k, v in block.items() if k != block.get('method') or k == method}
     return read_config({**block, 'method': method}).plan(net, trace(net))
+
+
+def _own(raw: dict[str, Any]) -> str | None:
+    return (raw.get('quant') or {}).get('method')
+
+
+def _distill(raw: dict[str, Any], net: Any) -> Any:
+    """The file's distillation, for the method of the file; the teacher is the network at its start."""
+    from ..config import read_config
+    from ..methods.distillation import layer_weights
+
+    block = raw.get('quant') or {}
+    distill = read_config(block).distill if block.get('method') else None
+    if distill is None:
+        return None
+    return layer_weights(net, distill.layer_weights(), distill.weight), distill.loss
 
 
 def _memory(args: argparse.Namespace, of: str) -> int:

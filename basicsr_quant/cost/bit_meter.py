@@ -22,11 +22,13 @@ class MeasuredBits:
             count alike, whatever their size. None without such quantizers.
         fab_mac: The same, weighted by MACs.
         layers: Layer -> mean bits of its input, for the layers that chose them.
+        passes: FAB of each pass (each patch of the image), in their order.
     """
 
     fab: float | None
     fab_mac: float | None
     layers: dict[str, float]
+    passes: tuple[float, ...] = ()
 
 
 class BitMeter:
@@ -57,6 +59,7 @@ class BitMeter:
         """The bits of the passes since the last call, which were of one image (or of patches of one)."""
         names = dict.fromkeys(name for found in self._passes for name in found)
         layers = {name: _mean([p.get(name, self._plan[name]) for p in self._passes]) for name in names}
+        passes = [{name: found.get(name, self._plan[name]) for name in self._macs} for found in self._passes]
         self._passes.clear()
         self._images.append(layers)
         bits = {name: layers.get(name, self._plan[name]) for name in self._macs}
@@ -65,6 +68,7 @@ class BitMeter:
             fab=_mean(list(bits.values())) if bits else None,
             fab_mac=sum(bits[name] * macs for name, macs in self._macs.items()) / total if total else None,
             layers=layers,
+            passes=tuple(_mean(list(found.values())) for found in passes if found),
         )
 
     def mean_bits(self) -> dict[str, tuple[float, float]]:

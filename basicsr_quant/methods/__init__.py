@@ -1,6 +1,6 @@
 """Quantization methods, one file per paper. Importing this package registers them."""
 
-from . import adabm, auto, cfqp, daq, lsq, none, observed, odm, pams
+from . import adabm, auto, cadyq, cfqp, daq, lsq, none, observed, odm, pams
 from .base import METHODS, Method, Training, method_of, quantize, settings_of
 from .calibrate import calibrate, needs_images
 
@@ -10,6 +10,7 @@ __all__ = [
     'Training',
     'adabm',
     'auto',
+    'cadyq',
     'calibrate',
     'cfqp',
     'daq',

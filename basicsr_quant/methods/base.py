@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +61,7 @@ class Method:
         changes_weights: Whether calibration changes weights and biases, not ranges alone.
         is_static: Whether ranges and bits are the same for every image, which ``skip: quantized`` and export need.
         has_reference_compat: Whether published code exists whose faults ``reference_compat`` reproduces.
+        starts_from: Methods whose quantized files may be the start of a training, see :meth:`adopt`.
     """
 
     name: ClassVar[str]
@@ -73,6 +74,7 @@ class Method:
     has_reference_compat: ClassVar[bool] = False
     takes_products: ClassVar[bool] = False
     is_static: ClassVar[bool] = True
+    starts_from: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.zero_point: str = settings['zero_point']
@@ -184,6 +186,16 @@ class Method:
             kwargs.update(bits=quantizer.num_bits, symmetric=symmetric, narrow_range=quantizer.narrow_range)
             kwargs.update(zero_point=quantizer.zero_point)
         return OBSERVERS[init](**kwargs)
+
+    def adopt(self, state: Mapping[str, Tensor], own: Mapping[str, Tensor], feature_scale: float) -> dict[str, Tensor]:
+        """Make the tensors of a network quantized by a method of ``starts_from`` into this method's.
+
+        Args:
+            state: State dict of the other method's network.
+            own: State dict of this method's network, as built.
+            feature_scale: As the other network's calibration measured it.
+        """
+        raise NotImplementedError
 
     # -- training --------------------------------------------------------------------------------------------------
 

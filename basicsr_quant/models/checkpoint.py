@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..compat.files import atomic_save
 from ..errors import QuantError
-from ..methods import METHODS
+from ..methods import METHODS, method_of
 from ..network.clamps import FinalClamp
 from ..network.folding import fold_state, folds_of
 from ..network.plan import Plan
@@ -161,7 +161,7 @@ def compare_plans(file: NetworkFile, plan: Plan, net: nn.Module | None = None) -
     """Refuse a quantized file whose plan is not the option file's; with ``net``, one of another host's names counts."""
     assert file.plan is not None
     theirs = file.plan if net is None else conventions.adapt_plan(net, file.plan, file.path)
-    if theirs.method != plan.method:
+    if theirs.method != plan.method and theirs.method not in METHODS[plan.method].starts_from:
         raise QuantError(
             f"{file.path} was made with quant.method '{theirs.method}', the option file says '{plan.method}'"
         )
@@ -187,6 +187,12 @@ def compare_plans(file: NetworkFile, plan: Plan, net: nn.Module | None = None) -
             f'{file.path} was made with {len(theirs_folded)} BatchNorm layers folded, the option file folds '
             f'{len(folded)}; set quant.fold_bn: {"true" if theirs_folded else "false"}'
         )
+    if theirs.method == plan.method:
+        found, wanted = (p.settings.get('options', {}).get('bits') for p in (theirs, plan))
+        if found is not None and wanted is not None and tuple(found) != tuple(wanted):
+            raise QuantError(
+                f'{file.path} was made with quant.{plan.method}.bits {list(found)}, the option file says {list(wanted)}'
+            )
     ours = {layer.layer: layer for layer in plan.quantized}
     for layer in theirs.quantized:
         mine = ours.pop(layer.layer, None)
@@ -208,6 +214,16 @@ def _output(plan: Plan) -> str:
     output = plan.settings.get('output') or {}
     clamps = '; '.join(str(FinalClamp(**clamp)) for clamp in output.get('clamps', []))
     return f'image range [{output["low"]:g}, {output["high"]:g}] and clamps {clamps}' if output else 'no clamp'
+
+
+def adopted(file: NetworkFile, net: nn.Module, plan: Plan) -> NetworkFile:
+    """A quantized file as the network of ``plan`` loads it: where another method made it, its tensors made over."""
+    if file.plan is None or file.plan.method == plan.method:
+        return file
+    method, own = method_of(plan), net.state_dict()
+    scale = float(file.calibration.get('feature_scale', 1.0))
+    states = {key: method.adopt(state, own, scale) for key, state in file.states.items()}
+    return replace(file, states=states, plan=plan)
 
 
 def save_network_file(path: str, states: Mapping[str, dict[str, Tensor]], plan: Plan, calibration: Any) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from basicsr.metrics.psnr_ssim import calculate_psnr, calculate_ssim
-from basicsr.utils import get_root_logger, tensor2img
+from basicsr.utils import get_root_logger, imwrite, tensor2img
 from torch import Tensor, nn
 
 from ..cost import BitMeter, SizedTrace, cost_of, trace_at
+from ..network.patches import spans
+from ..report.bit_map import cells_of, draw_bit_map
 from ..report.results import ResultWriter
 
 PATCH_NOTE = (
@@ -76,6 +78,8 @@ class Evaluation:
                 psnr = float(calculate_psnr(output, truth, **options))
                 ssim = float(calculate_ssim(output, truth, **options))
         bits = self._meter.image() if self._meter is not None else None
+        if bits is not None and bits.passes and self.run['save_bits'] and visuals['result'].dim() == 4:
+            self._save_bits(visuals, bits.passes)
         self.writer.add_image(
             self._dataset,
             self._image,
@@ -85,6 +89,20 @@ class Evaluation:
             fab_mac=None if bits is None else bits.fab_mac,
             seconds=self.seconds,
         )
+
+    def _save_bits(self, visuals: dict[str, Tensor], passes: tuple[float, ...]) -> None:
+        """Write ``<image>_bits.png``: the output with the bits of each patch over it."""
+        patch, (height, width) = self.run['patch'], visuals['lq'].shape[-2:]
+        sides = (height, width) if patch is None else (patch.size, patch.size)
+        stride = max(sides) if patch is None else patch.stride
+        rows, columns = (spans(n, size, stride) for n, size in zip((height, width), sides))
+        if len(rows) * len(columns) != len(passes):
+            return  # a host that cuts images into tiles of its own
+        output = tensor2img([visuals['result']])
+        scale = output.shape[0] // height
+        picture = draw_bit_map(output, cells_of(rows, columns, passes, scale))
+        folder = os.path.join(self.opt['path']['visualization'], self._dataset)
+        imwrite(picture, os.path.join(folder, f'{self._image}_bits.png'))
 
     def end_dataset(self, model: Any) -> None:
         """The host is through with a data set: write what there is, so that a run cut short leaves it."""

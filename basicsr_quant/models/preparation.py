@@ -14,7 +14,8 @@ from ..config import CalibrationConfig, QuantConfig, read_config
 from ..data.calibration import dataset_options, number_of_images
 from ..data.check import check_dataset
 from ..errors import QuantError
-from ..methods import needs_images
+from ..methods import needs_images, quantize
+from ..methods.distillation import layer_weights
 from ..network.plan import Plan
 from ..network.trace import trace
 from ..random_state import preserved
@@ -46,8 +47,8 @@ def prepare(
         asked: What the command line asked for beside the host's flags.
 
     Returns:
-        ``plan``, ``calibration``, ``feature_scale``, ``patch``, ``checkpoint``, ``param_key``, ``note``,
-        ``experiment``, ``w_bits``, ``a_bits``, ``command``, ``card``.
+        ``plan``, ``calibration``, ``feature_scale``, ``patch``, ``save_bits``, ``distill``, ``checkpoint``,
+        ``param_key``, ``note``, ``experiment``, ``w_bits``, ``a_bits``, ``command``, ``card``.
     """
     config = read_config(block)
     _check_model(raw['model_type'], config, is_train)
@@ -70,6 +71,8 @@ def prepare(
         'calibration': config.calibration,
         'feature_scale': config.feature_scale,
         'patch': config.patch,
+        'save_bits': config.save_bits,
+        'distill': _distill(raw, config, net, plan) if is_train else None,
         'checkpoint': path,
         'param_key': key,
         'note': note,
@@ -161,6 +164,44 @@ def _folded_as(theirs: Plan, plan: Plan) -> Plan:
     if theirs.settings.get('folded'):
         settings['folded'] = theirs.settings['folded']
     return replace(plan, settings=settings)
+
+
+def _distill(raw: Mapping[str, Any], config: QuantConfig, net: nn.Module, plan: Plan) -> dict[str, Any] | None:
+    """Teacher file, its entry, and what is compared how; the file is tried on the network."""
+    distill = config.distill
+    if distill is None or plan.method == 'none':
+        return None
+    weights = layer_weights(net, distill.layer_weights(), distill.weight)
+    path, key = distill.teacher, None
+    if path in ('start', 'fp32'):
+        path, key = raw['path'].get('pretrain_network_g'), raw['path'].get('param_key_g', 'params')
+        if path is None:
+            raise QuantError(
+                f'quant.distill.teacher: {distill.teacher!r} is path.pretrain_network_g, which is not given'
+            )
+    path = os.path.expanduser(path)
+    teacher = load_teacher(raw['network_g'], path, key)
+    if distill.teacher == 'fp32' and hasattr(teacher, '_quant_context'):
+        raise QuantError(f"quant.distill.teacher: 'fp32' given, but {path} is quantized; write start, or another path")
+    return {'teacher': path, 'key': key, 'weights': weights, 'loss': distill.loss}
+
+
+def load_teacher(network: Mapping[str, Any], path: str, key: str | None) -> nn.Module:
+    """The network of ``path``, in floating point or quantized as the file says.
+
+    Raises:
+        QuantError: if the file is of another network.
+    """
+    file = checkpoint.read_network_file(path)
+    teacher = build_float(network)
+    if file.plan is not None:
+        with preserved():
+            teacher = quantize(teacher, file.plan)
+    try:
+        checkpoint.load_state(teacher, file, key or 'params')
+    except QuantError as error:
+        raise QuantError(f'quant.distill.teacher: {error}') from None
+    return teacher
 
 
 def _averaged(path: str, raw: Mapping[str, Any]) -> str:

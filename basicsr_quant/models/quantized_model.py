@@ -20,6 +20,7 @@ from ..config import CalibrationConfig
 from ..data.calibration import CalibrationImages, dataset_options
 from ..methods import calibrate, method_of, needs_images
 from ..methods.base import Training
+from ..methods.distillation import Distillation
 from ..network.patches import Patchwise
 from ..network.plan import Plan
 from ..network.ranks import same_on_all_ranks
@@ -27,6 +28,7 @@ from ..network.stages import Stages
 from ..network.surgery import plan_in_force, quant_state, quantizers
 from . import checkpoint
 from .evaluation import Evaluation
+from .preparation import load_teacher
 
 logger = logging.getLogger('basicsr')
 
@@ -54,6 +56,7 @@ class QuantizedModelMixin:
         self._calibration: dict[str, Any] = {}
         self._stages = Stages(functools.partial(tqdm, unit='step', leave=False, disable=None))
         self._training: Training | None = None
+        self._distillation: Distillation | None = None
         self._evaluation: Evaluation | None = None
         self._wrap = False
         logger.info('The plan: %s\n', self._run.pop('card'))
@@ -89,6 +92,14 @@ class QuantizedModelMixin:
             _copy_calibrated(net, self.net_g_ema, self._run['plan'])
         scale = self._run['feature_scale'] or self._calibration.get('feature_scale', 1.0)
         self._training = self._method.attach(net, self.optimizer_g, scale)  # type: ignore[attr-defined]
+        distill = self._run['distill']
+        if distill is not None:
+            own = {k: v for k, v in self.opt['network_g'].items() if k not in ('type', 'base_type', 'plan')}
+            network = {'type': self.opt['network_g']['base_type'], **own}
+            teacher = load_teacher(network, distill['teacher'], distill['key'])
+            self._distillation = Distillation(net, teacher, distill['weights'], distill['loss'])
+            count = len(distill['weights'])
+            logger.info('Teacher: %s, %s losses on %d layers.', distill['teacher'], distill['loss'], count)
 
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         groups = self._method.parameter_groups(self._bare(), params, lr)
@@ -145,7 +156,10 @@ class QuantizedModelMixin:
 
     def get_current_log(self) -> dict[str, float]:
         log = dict(super().get_current_log())  # type: ignore[misc]
-        return {**log, **self._training.log()} if self._training is not None else log
+        for source in (self._training, self._distillation):
+            if source is not None:
+                log.update(source.log())
+        return log
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -161,6 +175,7 @@ class QuantizedModelMixin:
         found, _ = file.state(param_key)
         kind = 'FP32' if file.plan is None else f'quantized ({file.plan.method})'
         logger.info('Loading %s from %s, a %s file, with param key: [%s].', type(bare).__name__, load_path, kind, found)
+        file = checkpoint.adopted(file, bare, self._run['plan'])
         named = checkpoint.load_state(bare, file, param_key, strict)
         if named is not None:
             logger.info('Its tensors have the names of %s.', named)

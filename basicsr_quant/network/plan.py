@@ -44,6 +44,11 @@ class LayerPlan:
         return self.w_bits < FLOAT_BITS or self.a_bits < FLOAT_BITS
 
     @property
+    def has_base_bits(self) -> bool:
+        """False for layers with a rule of their own, and for first and last layers at bits of their own."""
+        return self.why in ('body', 'scope: all')
+
+    @property
     def chosen(self) -> bool:
         """False for a layer that is in floating point because it cannot be quantized, not because of the options."""
         return not self.why.startswith(CANNOT)

@@ -5,7 +5,7 @@ from .bit_aware import clip_to_bits, search_omse_bound
 from .context import NetworkMeasure, QuantContext
 from .distribution_range import DistributionRange, DistributionWeight
 from .fake_quantize import align_zero_point, fake_quantize, num_steps
-from .image_bits import ImageBits, complexity
+from .image_bits import ImageBits, complexity, image_gradients
 from .learned_range import LearnedRange
 from .learned_step import LearnedStep
 from .observers import (
@@ -19,6 +19,7 @@ from .observers import (
 )
 from .offset_range import OffsetRange
 from .quantizer import Quantizer, RelativeRange
+from .selected_range import SelectedRange, select
 from .standardized import allocate_bits, channel_statistics, quantize_standardized, quantize_statistics
 from .step_tables import DISTRIBUTIONS, step_table
 from .symmetric_range import SymmetricRange
@@ -44,6 +45,7 @@ __all__ = [
     'QuantContext',
     'Quantizer',
     'RelativeRange',
+    'SelectedRange',
     'SymmetricRange',
     'align_zero_point',
     'allocate_bits',
@@ -51,11 +53,13 @@ __all__ = [
     'clip_to_bits',
     'complexity',
     'fake_quantize',
+    'image_gradients',
     'num_steps',
     'percentile',
     'quantize_standardized',
     'quantize_statistics',
     'search_mse_range',
     'search_omse_bound',
+    'select',
     'step_table',
 ]

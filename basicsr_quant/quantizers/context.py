@@ -20,13 +20,14 @@ class QuantContext:
     The network's root begins a pass with :meth:`begin`; quantizers call :meth:`measure` with a name and a function of
     the network's input, or :meth:`read` with the name of one of the running network's ``measures``, and get the value
     computed at most once in that pass. Quantizers whose bits depend on the image leave them in ``bits``, one value for
-    each image (or one for all) by the layer's name. The context is no state: nothing in it outlives the next pass,
-    nothing is saved.
+    each image (or one for all) by the layer's name; where the choice learns, ``expected_bits`` holds their expectation
+    with its gradient. The context is no state: nothing in it outlives the next pass, nothing is saved.
     """
 
     def __init__(self) -> None:
         self.input: Tensor | None = None
         self.bits: dict[str, Tensor] = {}
+        self.expected_bits: dict[str, Tensor] = {}
         self.measures: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._measured: dict[str, Tensor] = {}
 
@@ -34,6 +35,7 @@ class QuantContext:
         """Start a pass over the batch ``x`` of shape (N, C, H, W)."""
         self.input = x
         self.bits = {}
+        self.expected_bits = {}
         self._measured = {}
 
     def read(self, name: str) -> Tensor:
@@ -55,4 +57,4 @@ class QuantContext:
         return copy
 
     def __getstate__(self) -> dict[str, object]:
-        return {'input': None, 'bits': {}, 'measures': {}, '_measured': {}}
+        return {'input': None, 'bits': {}, 'expected_bits': {}, 'measures': {}, '_measured': {}}

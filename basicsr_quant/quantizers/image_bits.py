@@ -12,10 +12,10 @@ _GRAY = (0.299, 0.587, 0.114)
 _LEAST_GAP = 1e-3
 
 
-def complexity(images: Tensor) -> Tensor:
-    """c(I) = 1000 mean(|Sobel_x|, |Sobel_y|) of the gray image, a mean over pixels and both directions.
+def image_gradients(images: Tensor) -> Tensor:
+    """1000 mean |Sobel_x| and 1000 mean |Sobel_y| of the gray image, means over its pixels.
 
-    Our reading of what the publication leaves open: gray = 0.299 R + 0.587 G + 0.114 B, Sobel kernels
+    Our reading of what the publications leave open: gray = 0.299 R + 0.587 G + 0.114 B, Sobel kernels
     [1 2 1] x [-1 0 1] divided by 8 (so that a ramp gives its rise per pixel), borders repeated. Images of other than
     three channels are averaged over their channels.
 
@@ -23,11 +23,7 @@ def complexity(images: Tensor) -> Tensor:
         images: (N, C, H, W) in 0-1, the network's input; clips (N, T, C, H, W) are averaged over their frames.
 
     Returns:
-        (N,), 0 for a constant image; about 10 to 60 for photographs.
-
-    >>> ramp = torch.arange(8.0).expand(1, 1, 8, 8) / 8  # rises by 1/8 a pixel, by half of that at its two borders
-    >>> complexity(ramp)
-    tensor([54.6875])
+        (N, 2), along the width and along the height; without gradient.
     """
     frames = images.detach().flatten(0, -4).float()
     if frames.shape[1] == len(_GRAY):
@@ -38,8 +34,24 @@ def complexity(images: Tensor) -> Tensor:
     wide, high = gray[..., 2:] - gray[..., :-2], gray[..., 2:, :] - gray[..., :-2, :]
     wide = wide[..., :-2, :] + 2 * wide[..., 1:-1, :] + wide[..., 2:, :]
     high = high[..., :-2] + 2 * high[..., 1:-1] + high[..., 2:]
-    slopes = (wide.abs().mean((1, 2, 3)) + high.abs().mean((1, 2, 3))) / (2 * 8)
-    return 1e3 * slopes.reshape(len(images), -1).mean(1)
+    slopes = torch.stack([wide.abs().mean((1, 2, 3)), high.abs().mean((1, 2, 3))], dim=1) / 8
+    return 1e3 * slopes.reshape(len(images), -1, 2).mean(1)
+
+
+def complexity(images: Tensor) -> Tensor:
+    """c(I) = 1000 mean(|Sobel_x|, |Sobel_y|) of the gray image (AdaBM): the mean of :func:`image_gradients`.
+
+    Args:
+        images: As there.
+
+    Returns:
+        (N,), 0 for a constant image; about 10 to 60 for photographs.
+
+    >>> ramp = torch.arange(8.0).expand(1, 1, 8, 8) / 8  # rises by 1/8 a pixel, by half of that at its two borders
+    >>> complexity(ramp)
+    tensor([54.6875])
+    """
+    return image_gradients(images).mean(1)
 
 
 class ImageBits(NetworkMeasure):

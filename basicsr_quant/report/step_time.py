@@ -7,7 +7,7 @@ import gc
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..methods import method_of, quantize
+from ..methods.distillation import Distillation
 from ..network.plan import Plan
 
 Batch = tuple[Tensor, Tensor]
+Distill = tuple[Mapping[str, float], str]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class StepTime:
     pairs: int
 
 
-def make_step(net: nn.Module, plan: Plan | None, batch: Batch, lr: float = 1e-4) -> Callable[[], None]:
+def make_step(
+    net: nn.Module, plan: Plan | None, batch: Batch, lr: float = 1e-4, distill: Distill | None = None
+) -> Callable[[], None]:
     """A training step of ``net`` on ``batch``: forward, L1, backward, Adam, and what the method adds.
 
     Args:
@@ -47,6 +51,7 @@ def make_step(net: nn.Module, plan: Plan | None, batch: Batch, lr: float = 1e-4)
         plan: What to quantize; None for the plain step.
         batch: LQ (N, C, h, w) and GT (N, C, H, W).
         lr: Learning rate.
+        distill: Weights of layers and loss, of a teacher as the network is at the start.
     """
     lq, gt = batch
     net = copy.deepcopy(net).train()
@@ -57,7 +62,10 @@ def make_step(net: nn.Module, plan: Plan | None, batch: Batch, lr: float = 1e-4)
         method = method_of(plan)
         seen = method.calibrate(net, [lq[:1]])
         optimizer = torch.optim.Adam(method.parameter_groups(net, net.parameters(), lr), lr)
+        teacher = copy.deepcopy(net) if distill is not None else None
         method.attach(net, optimizer, seen.feature_scale)
+        if distill is not None and teacher is not None:
+            Distillation(net, teacher, *distill)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -67,9 +75,11 @@ def make_step(net: nn.Module, plan: Plan | None, batch: Batch, lr: float = 1e-4)
     return step
 
 
-def compare_steps(net: nn.Module, plan: Plan, batch: Batch, pairs: int = 10, warmup: int = 2) -> StepTime:
+def compare_steps(
+    net: nn.Module, plan: Plan, batch: Batch, pairs: int = 10, warmup: int = 2, distill: Distill | None = None
+) -> StepTime:
     """Time plain and quantized steps in turn."""
-    steps = make_step(net, None, batch), make_step(net, plan, batch)
+    steps = make_step(net, None, batch), make_step(net, plan, batch, distill=distill)
     times: tuple[list[float], list[float]] = ([], [])
     for index in range(warmup + pairs):
         for step, found in zip(steps, times):
@@ -88,7 +98,9 @@ def ratios_of(plain: list[float], other: list[float]) -> StepTime:
     return StepTime(statistics.median(ratios), min(ratios), max(ratios), statistics.median(plain), len(ratios))
 
 
-def peak_memory(net: nn.Module, plan: Plan | None, batch: Batch, steps: int = 3) -> int:
+def peak_memory(
+    net: nn.Module, plan: Plan | None, batch: Batch, steps: int = 3, distill: Distill | None = None
+) -> int:
     """Bytes that some training steps add to the process at their peak; meant for a fresh process.
 
     On the CPU the growth of the peak resident size from before the step is built; on a GPU the peak allocation.
@@ -98,7 +110,7 @@ def peak_memory(net: nn.Module, plan: Plan | None, batch: Batch, steps: int = 3)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     before = 0 if cuda else peak_resident()
-    step = make_step(net, plan, batch)
+    step = make_step(net, plan, batch, distill=distill)
     for _ in range(steps):
         step()
     return (torch.cuda.max_memory_allocated() if cuda else peak_resident()) - before

@@ -1,0 +1,123 @@
+"""CADyQ's two stages through the host's pipelines, with the shipped option files shortened."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from basicsr_quant import compat
+from basicsr_quant.cli import main
+
+pytestmark = pytest.mark.skipif(not compat.has_host(), reason='BasicSR is not installed')
+
+FOLDER = Path(__file__).parents[1] / 'options'
+SMALL: dict[str, dict[str, Any]] = {  # upscale 2, as the tiny images
+    'EDSR': {'num_feat': 4, 'num_block': 2},
+    'SRResNetBN': {'num_feat': 4, 'num_block': 2},
+    'IDN': {'num_feat': 16, 'num_block': 4, 'step': 4},
+    'CARN': {'num_feat': 8},
+}
+
+
+def shortened(options: dict[str, Any], images: Path, stem: str, start: str | None) -> dict[str, Any]:
+    """The shipped block and network on the tiny data: 4 iterations of the shipped loss and optimizer."""
+    shipped = yaml.safe_load((FOLDER / f'{stem}.yml').read_text())
+    opt = {**copy.deepcopy(options), 'name': stem}
+    kind = shipped['network_g']['type']
+    opt['network_g'] = {**shipped['network_g'], **SMALL[kind], 'upscale': 2}
+    data = {'dataroot_lq': str(images / 'lq.lmdb'), 'io_backend': {'type': 'lmdb'}}
+    opt['quant'] = {**shipped['quant'], 'calibration': {'num_images': 4, 'dataset': data}}
+    if kind == 'EDSR' and 'distill' in opt['quant']:
+        opt['quant']['cadyq']['bit_weight'] = 1e3  # so that bits move within 4 iterations
+        opt['quant']['cadyq']['selector_lr'] = 1000
+    opt['path']['pretrain_network_g'] = start
+    opt['train']['optim_g'] = shipped['train']['optim_g']
+    opt['train']['total_iter'] = 4
+    return opt
+
+
+@pytest.mark.parametrize('kind', list(SMALL))
+def test_two_stages_from_two_option_files(
+    kind: str, options: dict[str, Any], images: Path, option_file: Any, tmp_path: Path, monkeypatch: Any,
+    caplog: Any,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger('basicsr')  # which does not propagate
+    monkeypatch.setattr(logger, 'handlers', [*logger.handlers, caplog.handler])
+    first, second = f'{kind}_x4_W8A8_PAMS', f'{kind}_x4_W8A8_CADyQ'
+    assert main(['train', '-opt', option_file(shortened(options, images, first, None))]) == 0
+    start = f'experiments/{first}/models/net_g_latest.pth'
+    file = option_file(shortened(options, images, second, start))
+    caplog.clear()
+    assert main(['train', '-opt', file]) == 0
+    log = caplog.text
+    assert f'Teacher: {start}, attention losses' in log and 'Calibrated' not in log
+    assert 'l_distill: ' in log and 'l_bits: ' in log
+    saved = torch.load(tmp_path / f'experiments/{second}/models/net_g_latest.pth', weights_only=True)
+    pams = torch.load(tmp_path / start, weights_only=True)
+    steps = saved['params']['quant_measures.progress.steps']
+    assert steps == 4 and torch.equal(saved['params_ema']['quant_measures.progress.steps'], steps)
+    units = {k: v for k, v in saved['params'].items() if k.endswith('input_quantizer.unit')}
+    assert units and all(torch.equal(v, pams['params'][k]) for k, v in units.items())
+    assert not any('teacher' in k for k in saved['params'])
+    if kind == 'EDSR':
+        opt = yaml.safe_load(Path(file).read_text())
+        opt['quant'].update(patch={'size': 12, 'stride': 10}, save_bits=True)
+        file = option_file(opt)
+    assert main(['test', '-opt', file]) == 0
+    pictures = list((tmp_path / f'results/{second}/visualization/Val').glob('*_bits.png'))
+    assert len(pictures) == (10 if kind == 'EDSR' else 0)
+    found = json.loads((tmp_path / f'results/{second}/metrics.json').read_text())
+    fab = found['datasets']['Val']['fab']
+    assert found['cost']['fab'] == pytest.approx(fab) and (4.0 <= fab < 8.0 if kind == 'EDSR' else fab <= 8.0)
+
+
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        ({'distill': {'teacher': 'fp32'}}, "quant.distill.teacher: 'fp32' given, but"),
+        ({'distill': {'teacher': 'nowhere.pth'}}, 'there is no checkpoint nowhere.pth'),
+        ({'distill': {'layers': ['bodi']}}, "quant.distill.layers: 'bodi' matches no module"),
+        ({'cadyq': {'bits': [4, 9]}}, 'quant.cadyq.bits: [4, 9] given'),
+        ({'cadyq': {'bits': [2, 4]}}, 'the highest of quant.cadyq.bits is 4'),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    change: dict[str, Any], said: str, options: dict[str, Any], images: Path, option_file: Any, tmp_path: Path,
+    monkeypatch: Any, capsys: Any,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(['train', '-opt', option_file(shortened(options, images, 'EDSR_x4_W8A8_PAMS', None))]) == 0
+    capsys.readouterr()
+    start = 'experiments/EDSR_x4_W8A8_PAMS/models/net_g_latest.pth'
+    opt = shortened(options, images, 'EDSR_x4_W8A8_CADyQ', start)
+    opt['quant'].update(change)
+    assert main(['train', '-opt', option_file(opt)]) != 0
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / 'experiments/EDSR_x4_W8A8_CADyQ').exists()
+
+
+def test_a_teacher_of_another_network_is_refused(
+    options: dict[str, Any], images: Path, option_file: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(['train', '-opt', option_file(options)]) == 0
+    options['network_g']['num_feat'] = 8
+    distill = {'teacher': 'experiments/tiny/models/net_g_latest.pth', 'layers': ['conv_after_body']}
+    data = {'dataroot_lq': str(images / 'lq.lmdb'), 'io_backend': {'type': 'lmdb'}}
+    options['quant'] = {'method': 'pams', 'distill': distill, 'calibration': {'dataset': data}}
+    options['name'] = 'other'
+    capsys.readouterr()
+    assert main(['train', '-opt', option_file(options)]) != 0
+    said = capsys.readouterr().err
+    assert 'quant.distill.teacher: ' in said and 'is not of this network' in said
+    options['quant']['distill']['teacher'] = 'start'
+    assert main(['train', '-opt', option_file(options)]) != 0
+    assert "'start' is path.pretrain_network_g, which is not given" in capsys.readouterr().err
