@@ -267,10 +267,9 @@ def test_the_same_images_give_the_same_network():
 
 def test_a_stage_that_makes_it_worse_is_taken_back(monkeypatch):
     plain, _, _ = auto(4, mixed_bits=False, compensate=False)
-    monkeypatch.setattr('basicsr_quant.methods.auto.round_compensated', lambda target, *_: torch.zeros_like(target))
-    monkeypatch.setattr(
-        'basicsr_quant.methods.auto.allocate_bits', lambda errors, *_: {n: min(e) for n, e in errors.items()}
-    )
+    where = 'basicsr_quant.methods.auto_search'
+    monkeypatch.setattr(f'{where}.round_compensated', lambda target, *_: torch.zeros_like(target))
+    monkeypatch.setattr(f'{where}.allocate_bits', lambda errors, *_: {n: min(e) for n, e in errors.items()})
     net, _, seen = auto(4)
     a, b = net.state_dict(), plain.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -279,7 +278,7 @@ def test_a_stage_that_makes_it_worse_is_taken_back(monkeypatch):
 
 def test_a_budget_that_is_too_short_leaves_stages_out_and_says_which(monkeypatch):
     clock = itertools.count(0, 0.2)
-    monkeypatch.setattr('basicsr_quant.methods.auto.time.perf_counter', lambda: next(clock))
+    monkeypatch.setattr('basicsr_quant.methods.auto_search.time.perf_counter', lambda: next(clock))
     _, _, seen = auto(4, budget=1.0)
     assert set(seen.choices['left_out']) == {
         'images', 'wider ranges', 'widest ranges', 'bits of each layer', 'rounding 1'
@@ -292,7 +291,7 @@ def test_ranges_may_go_to_the_extremes(monkeypatch):
     errors = seen.choices['output_mse']
     assert list(errors) == ['ranges', 'wider ranges', 'widest ranges']
     torch.testing.assert_close(min(errors.values()), output_error(net, BATCHES[:8]))
-    monkeypatch.setattr('basicsr_quant.methods.auto._WIDENINGS', {'ranges': 1.0})
+    monkeypatch.setattr('basicsr_quant.methods.auto_search._WIDENINGS', {'ranges': 1.0})
     net, _, _ = auto(8, mixed_bits=False, compensate=False)
     with torch.no_grad():
         x = Net().first(torch.cat(BATCHES))
