@@ -93,7 +93,7 @@ def test_real_network_without_training(
     options = edsr(assets)
     data = {'dataroot_lq': str(assets / 'calib/LR_bicubic/X2'), 'io_backend': {'type': 'disk'}}
     options['quant'] = {
-        'method': 'auto', 'w_bits': bits, 'a_bits': bits, 'auto': {'budget': 120, **settings},
+        'method': 'auto', 'w_bits': bits, 'a_bits': bits, 'auto': {'budget': 300, **settings},
         'calibration': {'num_images': 40, 'dataset': data},
     }  # fmt: skip
     found = run('calibrate', options, option_file, tmp_path)

@@ -79,9 +79,12 @@ def test_both_stages_of_cadyq_fit_together(file):
 @named([f for f in FILES if not f.stem.startswith('demo')])
 def test_data_lie_where_the_preparing_tool_puts_them(file):
     opt = read(file)
-    train, scale = opt['datasets']['train'], opt['scale']
-    assert train['dataroot_gt'] == 'datasets/DIV2K/DIV2K_train_HR_sub.lmdb'
-    assert train['dataroot_lq'] == f'datasets/DIV2K/DIV2K_train_LR_bicubic_X{scale}_sub.lmdb'
+    train, scale = opt['datasets'].get('train'), opt['scale']
+    lq = f'datasets/DIV2K/DIV2K_train_LR_bicubic_X{scale}_sub.lmdb'
+    if train is None:  # for `basicsr calibrate` alone
+        assert opt['quant']['calibration']['dataset']['dataroot_lq'] == lq
+    else:
+        assert (train['dataroot_gt'], train['dataroot_lq']) == ('datasets/DIV2K/DIV2K_train_HR_sub.lmdb', lq)
     for key in ('val_1', 'val_2'):
         val = opt['datasets'][key]
         assert val['dataroot_gt'] == f'datasets/{val["name"]}/HR'
