@@ -48,6 +48,8 @@ def paths(folder: Path, photograph: Any) -> list[str]:
     """Make what the file reads from one photograph; return the overrides of its paths."""
     import cv2
 
+    compat.apply()  # the host is imported below, perhaps for the first time
+
     from basicsr_quant.data.bicubic import low_resolution
     from basicsr_quant.data.sub_images import entries, write_lmdb
     from basicsr_quant.models.preparation import build_float
