@@ -263,7 +263,7 @@ class AdaBM(Method):
 
 def _is_adaptive(layer: LayerPlan) -> bool:
     """Ends at eight bits and layers with a rule of their own keep their bits."""
-    return layer.a_bits < FLOAT_BITS and layer.why in ('body', 'scope: all')
+    return layer.a_bits < FLOAT_BITS and layer.has_base_bits
 
 
 def _inputs(net: nn.Module) -> dict[str, RelativeRange]:

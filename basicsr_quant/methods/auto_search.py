@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..network.bit_allocation import allocate_bits
-from ..network.calibration import Observations, evaluating, observe, set_tensor_ranges
+from ..network.calibration import Observations, evaluating, observe, output_error, set_tensor_ranges
 from ..network.input_moments import columns_wanted, input_moments, moment_groups
 from ..network.stages import Stages
 from ..network.surgery import floating_point, quant_layers
@@ -172,12 +172,8 @@ class Search:
 
     def _error(self) -> float:
         """Mean squared error of the output over the judged images."""
-        total = count = 0.0
-        with evaluating(self.net):
-            for image, target in self.judged:
-                total += float((self.net(image) - target).double().square().sum())
-                count += target.numel()
-        return total / count
+        images, targets = zip(*self.judged)
+        return output_error(self.net, images, targets)
 
     # -- stage 2 ---------------------------------------------------------------------------------------------------
 
@@ -264,10 +260,10 @@ class Search:
 
     def _affordable(self) -> list[str]:
         """The layers whose rounding fits into half of what is left, those with the shortest columns first."""
-        side = torch.ones(512, 512)
+        side = torch.ones(512, 512, device=next(self.net.parameters()).device)
         start = time.perf_counter()
         for _ in range(4):
-            side @ side
+            float((side @ side)[0, 0])  # waits for the device
         second = 4 * 2 * 512**3 / (time.perf_counter() - start + 1e-9)  # operations
         costs = {}
         for name in self.names:
