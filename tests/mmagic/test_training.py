@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import random
 from pathlib import Path
@@ -27,8 +28,12 @@ from basicsr_quant.network.surgery import quantizers
 register_all_modules()
 
 
+EXPERIMENTS = itertools.count()
+
+
 def runner_of(options: dict[str, Any]) -> Runner:
-    return Runner.from_cfg(Config(options))
+    # MMEngine names its log writers by experiment and second: two runs in one second would share the files of the first.
+    return Runner.from_cfg(Config({**options, 'experiment_name': f'tiny_{next(EXPERIMENTS)}'}))
 
 
 def train(options: dict[str, Any]) -> Runner:
