@@ -32,7 +32,7 @@ EXPERIMENTS = itertools.count()
 
 
 def runner_of(options: dict[str, Any]) -> Runner:
-    # MMEngine names its log writers by experiment and second: two runs in one second would share the files of the first.
+    # MMEngine names its log writers by experiment and second: two runs in one second would share a file.
     return Runner.from_cfg(Config({**options, 'experiment_name': f'tiny_{next(EXPERIMENTS)}'}))
 
 
