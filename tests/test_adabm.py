@@ -20,9 +20,10 @@ from basicsr_quant.config import read_config
 from basicsr_quant.errors import QuantError
 from basicsr_quant.methods import method_of, quantize, settings_of
 from basicsr_quant.methods.adabm_tuning import GROUPS, Tuner, Tuning
+from basicsr_quant.network.bit_allocation import allocate_bits
 from basicsr_quant.network.plan import LayerPlan, Plan
 from basicsr_quant.network.scope import block_names
-from basicsr_quant.network.sensitivity import choose_layer_bits, output_errors
+from basicsr_quant.network.sensitivity import output_errors
 from basicsr_quant.network.surgery import floating_point, quant_layers
 from basicsr_quant.network.teacher import Teacher, batches_of, feature_distance, spread, unit_rows
 from basicsr_quant.network.trace import trace
@@ -551,7 +552,7 @@ def test_chosen_bits_cost_no_more_and_err_little_more_than_the_best(seed):
     scale = draw.lognormal(0, 2, 6)
     errors = {f'l{i}': {o: s * 4.0**-o for o in (-1, 0, 1)} for i, s in enumerate(scale)}
     for macs in (dict.fromkeys(errors, 3), {n: int(draw.integers(1, 9)) for n in errors}):
-        chosen = dict(zip(errors, choose_layer_bits(errors, macs)))
+        chosen = allocate_bits(errors, 0, macs, dict.fromkeys(errors, 1))
         assert sum(chosen.values()) <= 0 and sum(macs[n] * o for n, o in chosen.items()) <= 0
         total = sum(errors[n][o] for n, o in chosen.items())
         assert total <= sum(e[0] for e in errors.values())

@@ -205,7 +205,7 @@ def convex(seed, layers=5, bits=range(2, 7)):
 @pytest.mark.parametrize('mean', [2, 3, 4.4])
 def test_allocation_is_the_best_under_the_mean(seed, mean):
     errors = convex(seed)
-    found = allocate_bits(errors, dict.fromkeys(errors, 1.0), mean)
+    found = allocate_bits(errors, mean, dict.fromkeys(errors, 1.0))
     assert sum(found.values()) <= mean * len(errors)
     best = min(
         sum(errors[n][b] for n, b in zip(errors, choice))
@@ -217,9 +217,9 @@ def test_allocation_is_the_best_under_the_mean(seed, mean):
 
 def test_dear_layers_pay_for_their_bits():
     errors = {'small': {3: 8.0, 4: 2.0, 5: 0.5}, 'large': {3: 8.0, 4: 2.0, 5: 0.5}}
-    found = allocate_bits(errors, {'small': 1.0, 'large': 10.0}, 4)
-    assert found == {'small': 5, 'large': 3}  # another bit for the large one would cost more than there is
-    assert allocate_bits({'a': {3: 1.0, 4: 1.0}}, {'a': 1.0}, 4) == {'a': 3}  # a bit without use is not given
+    found = allocate_bits(errors, 4, {'small': 1.0, 'large': 10.0})
+    assert found == {'small': 4, 'large': 4}  # a fifth bit for the small one takes the large one's fourth
+    assert allocate_bits({'a': {3: 1.0, 4: 1.0}}, 4, {'a': 1.0}) == {'a': 3}  # a bit without use is not given
 
 
 # ----------------------------------------------------------------------------------------------------- the whole

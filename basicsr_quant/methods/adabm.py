@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantError
+from ..network.bit_allocation import allocate_bits
 from ..network.calibration import Observations, evaluating, observe
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
-from ..network.sensitivity import OFFSETS, choose_layer_bits, output_errors
+from ..network.sensitivity import OFFSETS, output_errors
 from ..network.stages import Stages
 from ..network.surgery import quant_layers
 from ..network.teacher import Teacher, batches_of, spread
@@ -190,7 +191,8 @@ class AdaBM(Method):
                     ranges[name, offset] = self._range_at(seen.observers[name], quantizer, offset)
             images = [teacher.images[i] for i in range(min(len(teacher), _SENSITIVITY_IMAGES))]
             errors, macs = output_errors(net, stages.over('measuring sensitivity', images), adaptive, ranges)
-            chosen = choose_layer_bits(errors, macs)
+            offsets = allocate_bits(errors, 0, macs, dict.fromkeys(macs, 1.0))  # the mean by MACs and the plain one
+            chosen = [offsets[name] for name in adaptive]
         for (name, quantizer), offset in zip(adaptive.items(), chosen):
             quantizer.layer_factor.fill_(float(offset))
             if self.schedule.init == 'mse' and offset:

@@ -193,7 +193,7 @@ class Search:
         before = {name: copy.deepcopy(q.state_dict()) for name, q in inputs.items()}
         for bits, names in groups.items():
             errors = self._weigh(names, (bits - 1, bits, bits + 1), images, seen)
-            for name, chosen in allocate_bits(errors, {n: macs[n] for n in names}, bits).items():
+            for name, chosen in allocate_bits(errors, bits, macs).items():
                 self._set_input(name, seen, chosen)
         with self.stages.stage('judging'):
             self.errors[BITS] = self._error()

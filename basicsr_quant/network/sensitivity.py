@@ -1,4 +1,4 @@
-"""What the bits of one layer's activation do to the network's output, and bits that cost no more in the mean."""
+"""What the bits of one layer's activation do to the network's output."""
 
 from __future__ import annotations
 
@@ -75,34 +75,3 @@ def output_errors(
         for handle in handles:
             handle.remove()
     return errors, macs
-
-
-def choose_layer_bits(errors: Mapping[str, Mapping[int, float]], macs: Mapping[str, int]) -> list[int]:
-    """Offsets -1, 0, 1 of the least summed error whose mean is at most zero, plain and weighted by MACs.
-
-    From all zeros on, the pair of layers that gains most gives and takes a bit, until no pair gains.
-
-    Args:
-        errors: Layer -> offset -> error.
-        macs: Layer -> MACs.
-    """
-    chosen = dict.fromkeys(errors, 0)
-    excess = 0
-    while True:
-        best: tuple[float, str, str] | None = None
-        for up in chosen:
-            for down in chosen:
-                if up == down or chosen[up] + 1 not in errors[up] or chosen[down] - 1 not in errors[down]:
-                    continue
-                if excess + macs[up] - macs[down] > 0:
-                    continue
-                gain = errors[up][chosen[up]] - errors[up][chosen[up] + 1]
-                gain -= errors[down][chosen[down] - 1] - errors[down][chosen[down]]
-                if gain > 0 and (best is None or gain > best[0]):
-                    best = gain, up, down
-        if best is None:
-            return list(chosen.values())
-        _, up, down = best
-        chosen[up] += 1
-        chosen[down] -= 1
-        excess += macs[up] - macs[down]
