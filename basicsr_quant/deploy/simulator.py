@@ -70,13 +70,19 @@ class Pair:
         return self.first.value() + self.second.value()
 
     def requantized(self, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
-        # A fused multiply-add in float32: the product is exact in float64, and one rounding follows.
+        # Sums of products are fused in ONNX Runtime's kernel, that of the zero points too: one unfused rounding there
+        # moves the sum by half a unit in its last place, which is a whole code at a tie.
         a, b = self.first, self.second
         ratio_a, ratio_b = a.scale / scale, b.scale / scale
-        offset = float(zero_point) - (ratio_a * a.zero_point + ratio_b * b.zero_point)
-        inner = (b.codes.double() * ratio_b.double() + offset.double()).float()
-        outer = (a.codes.double() * ratio_a.double() + inner.double()).float()
-        return torch.round(outer).clamp_(low, high)
+        zero_a, zero_b = torch.tensor(float(a.zero_point)), torch.tensor(float(b.zero_point))
+        offset = float(zero_point) - _fused(zero_a, ratio_a, zero_b * ratio_b)
+        total = _fused(a.codes, ratio_a, _fused(b.codes, ratio_b, offset))
+        return torch.round(total).clamp_(low, high)
+
+
+def _fused(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+    """x factor + addend in float32 with one rounding: the product is exact in float64."""
+    return (x.double() * factor.double() + addend.double()).float()
 
 
 Held = Union[Codes, Sums, Pair]
