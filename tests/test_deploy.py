@@ -12,6 +12,7 @@ from helpers import images, tiny
 from torch import nn
 
 from basicsr_quant.config import read_config
+from basicsr_quant.deploy import engines
 from basicsr_quant.deploy import export as exporting
 from basicsr_quant.deploy.capture import integer_plan
 from basicsr_quant.deploy.grids import activation_grid, weight_codes
@@ -218,6 +219,24 @@ def test_onnx_runtime_computes_what_the_simulator_does(case, deployment, tmp_pat
         assert done.findings[0].integer == {'QLinearConv': 3, 'QLinearAdd': 1}
         assert done.findings[0].floating == {'Conv': 1}
     assert bool(done.plan.realigned) == ('float' in case)
+
+
+def test_layers_that_stay_in_floating_point_sum_whole_constants_and_divide(deployment, tmp_path):
+    """Weights behind a DequantizeLinear would cost the layer its fastest kernel, a factor behind it its whole numbers:
+    both at load, so the graph that runs is read."""
+    import onnx
+    from onnx import numpy_helper
+
+    net, _ = calibrated(shuffling(), w_bits=4, layers={'*': {'w_bits': 4, 'a_bits': 8}})
+    content = exporting.packed_onnx(integer_plan(net, SHAPE)).SerializeToString()
+    engines.onnxruntime_session(content, optimized=str(tmp_path / 'optimized.onnx'))
+    graph = onnx.load(tmp_path / 'optimized.onnx').graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    layers = [node for node in graph.node if 'Conv' in node.op_type and not node.op_type.startswith('QLinear')]
+    assert len(layers) == 3  # body and up: skip: fp
+    for node in layers:
+        for name in node.input[1:3]:
+            np.testing.assert_array_equal(constants[name], np.rint(constants[name]))
 
 
 def test_weights_of_four_bits_take_half_the_bytes(deployment):

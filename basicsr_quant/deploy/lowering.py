@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from .operators import ACTIVATION, CONSTANT, INTEGERS
+from .operators import ACTIVATION, CONSTANT, INTEGERS, WHOLE
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.linear.default)
@@ -227,30 +227,34 @@ def _integer_biases(graph: fx.GraphModule) -> None:
 
 
 def _exact_sums(graph: fx.GraphModule, floating: set[str]) -> None:
-    """Make layers that run in floating point reproducible: whole numbers first, scale and bias behind the sum.
+    """Make layers that run in floating point reproducible: whole numbers first, the scale behind the sum.
 
     A float32 sum depends on the order of its terms, which every engine chooses for itself, and the difference flips
-    roundings further down. Sums of whole numbers below 2^24 do not, at the same speed.
+    roundings further down. Sums of whole numbers below 2^24 do not, at the same speed. The scale divides, for a factor
+    would be multiplied into the weights at load, and they would be whole numbers no more.
     """
     for node in list(graph.graph.nodes):
         grid = source(node.args[0]) if node.name in floating and node.target in CONVOLUTIONS else None
         found = weight_of(graph, node) if grid is not None else None
-        if grid is None or found is None or largest_sum(found[0], grid) >= _EXACT_FLOAT32:
+        largest = 0.0 if grid is None or found is None else largest_sum(found[0], grid)
+        if grid is None or found is None or largest >= _EXACT_FLOAT32:
             continue
-        bias_node = node.args[2] if len(node.args) > 2 else None
+        bias_node: Any = node.args[2] if len(node.args) > 2 else None
         bias = _constant_value(graph, bias_node)
+        codes = attribute(graph, bias_node.args[0]) if getattr(bias_node, 'target', None) is CONSTANT else None
+        summed = codes is not None and largest + float(codes.double().abs().max()) < _EXACT_FLOAT32
         shape = (1, -1, 1, 1) if node.target is aten.conv2d.default else (-1,)
-        scale = torch.tensor(grid.args[1], dtype=torch.float32) * found[1]
-        one = _register(graph, f'{node.name}_one', torch.ones_like(found[1]), node)
-        step = _register(graph, f'{node.name}_step', scale.reshape(shape) if scale.dim() else scale, node)
+        scale = 1 / (torch.tensor(grid.args[1], dtype=torch.float32) * found[1])
+        steps = _register(graph, f'{node.name}_steps', scale.reshape(shape) if scale.dim() else scale, node)
         with graph.graph.inserting_before(node):
             x = graph.graph.call_function(INTEGERS, grid.args)
             for shuffle in reversed(_shuffles(node.args[0])):
                 x = graph.graph.create_node('call_function', shuffle.target, (x, *shuffle.args[1:]))
-            weight = graph.graph.call_function(CONSTANT, (node.args[1].args[0], one))
-            total = graph.graph.call_function(node.target, (x, weight, None, *node.args[3:]))
-            result = graph.graph.call_function(aten.mul.Tensor, (total, step))
-            if bias is not None:
+            whole = [graph.graph.call_function(WHOLE, (constant.args[0],))
+                     for constant in ((node.args[1], bias_node) if summed else (node.args[1],))]  # fmt: skip
+            total = graph.graph.call_function(node.target, (x, whole[0], whole[1] if summed else None, *node.args[3:]))
+            result = graph.graph.call_function(aten.div.Tensor, (total, steps))
+            if bias is not None and not summed:
                 offset = _register(graph, f'{node.name}_offset', bias.reshape(shape), node)
                 result = graph.graph.call_function(aten.add.Tensor, (result, offset))
         node.replace_all_uses_with(result)

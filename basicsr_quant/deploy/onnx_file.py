@@ -18,7 +18,7 @@ from torch import fx
 
 from ..errors import QuantError
 from .capture import LARGEST, IntegerPlan
-from .operators import ACTIVATION, CONSTANT, INTEGERS
+from .operators import ACTIVATION, CONSTANT, INTEGERS, WHOLE
 
 OPSET = 21
 """The first opset with 4-bit integers; every engine named here reads it."""
@@ -146,7 +146,10 @@ def _translations() -> dict[Any, Any]:
     def constant(codes: Any, scale: Any) -> Any:
         return op.DequantizeLinear(codes, scale, axis=0)
 
-    return {ACTIVATION: activation, INTEGERS: integers, CONSTANT: constant}
+    def whole(codes: Any) -> Any:
+        return op.Cast(codes, to=onnx_ir.DataType.FLOAT)
+
+    return {ACTIVATION: activation, INTEGERS: integers, CONSTANT: constant, WHOLE: whole}
 
 
 def _strip(model: Any) -> None:

@@ -51,6 +51,21 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
 
 
+@torch.library.custom_op(f'{NAMESPACE}::whole', mutates_args=())
+def whole(codes: Tensor) -> Tensor:
+    """Codes as whole numbers in float32.
+
+    In an ONNX file this is Cast, which engines compute at load. A DequantizeLinear they leave where it is, and the
+    layer behind it in a slower form, for weights that are no constants.
+    """
+    return codes.to(torch.float32, copy=True)
+
+
+@whole.register_fake
+def _(codes: Tensor) -> Tensor:
+    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+
+
 def along_first(scale: Tensor, like: Tensor) -> Tensor:
     """A scale that broadcasts along dimension 0 of ``like``."""
     return scale.reshape(-1, *(1,) * (like.dim() - 1)) if scale.dim() else scale
@@ -59,3 +74,4 @@ def along_first(scale: Tensor, like: Tensor) -> Tensor:
 ACTIVATION = activation._opoverload
 INTEGERS = integers._opoverload
 CONSTANT = constant._opoverload
+WHOLE = whole._opoverload
