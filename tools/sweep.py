@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'lsq': {'method': 'lsq'},
     'pams': {'method': 'pams'},
     'pams unsigned': {'method': 'pams', 'options': {'unsigned': True}},
+    'ddtb': {'method': 'ddtb', 'shares': {'warm_up': 4 / 59}},  # as published: 4 of 59 epochs
+    'ddtb bounds': {'method': 'ddtb', 'options': {'dynamic_ratio': 0}},
     'plain': {'method': 'odm', 'options': PLAIN},
     'plain+coop': {'method': 'odm', 'options': {'weight_clipping': False}},
     'plain+wcc': {'method': 'odm', 'options': {'regularizer': 'none'}},
@@ -48,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'variance+wcc': {'method': 'odm', 'options': {'regularizer': 'variance', 'gate': 'sign'}},
 }
 STATIC = ('minmax', 'percentile', 'mse')
-LEARNED = ('lsq', 'pams', 'pams unsigned', 'plain', 'odm')
+LEARNED = ('lsq', 'pams', 'pams unsigned', 'plain', 'odm', 'ddtb', 'ddtb bounds')
 LADDER = ('plain', 'plain+coop', 'plain+wcc', 'odm', 'odm naive')
 
 
@@ -68,9 +70,10 @@ def suite(name: str, args: argparse.Namespace, done: list[dict[str, Any]]) -> It
         for seed in args.seeds:
             common = {'bits': bits, 'iters': args.iters, 'seed': seed, 'granularity': args.w_granularity}
             if name == 'sweep':
-                for variant in STATIC:
+                wanted = args.variants or (*STATIC, *LEARNED)
+                for variant in (v for v in STATIC if v in wanted):
                     yield {**common, 'variant': variant}
-                for variant in LEARNED:
+                for variant in (v for v in LEARNED if v in wanted):
                     for init in ('percentile', 'mse'):
                         for range_lr in (1, 10, 100):
                             yield {**common, 'variant': variant, 'init': init, 'range_lr': range_lr}
@@ -91,7 +94,8 @@ def options(run: dict[str, Any], data: Path, pairs: Path) -> dict[str, Any]:
     """The option file of a run."""
     variant = VARIANTS[run['variant']]
     method, total = variant['method'], run['iters']
-    own = {**variant.get('options', {}), **{k: run[k] for k in ('init', 'range_lr') if k in run}}
+    shares = {k: round(share * total) for k, share in variant.get('shares', {}).items()}  # of the iterations
+    own = {**variant.get('options', {}), **shares, **{k: run[k] for k in ('init', 'range_lr') if k in run}}
     disk = {'io_backend': {'type': 'disk'}, 'filename_tmpl': '{}x2', 'type': 'PairedImageDataset'}
     calib = {
         'type': 'SingleImageDataset',

@@ -46,10 +46,12 @@ def run(args: argparse.Namespace) -> None:
     from ..network.trace import trace
 
     net, plan, path = load_quantized(raw, args.checkpoint, os.getcwd())
-    if not method_of(plan).is_static:
+    method = method_of(plan)
+    if not method.is_static:
         raise QuantError(
             f'quant.method: {plan.method!r} chooses ranges or bits for each image, which no static file can hold; '
             'static methods such as minmax, mse, lsq, pams or odm export'
+            + (f', and so does a network trained with {method.static_with}' if method.static_with else '')
         )
     if plan.settings.get('output'):
         raise QuantError(

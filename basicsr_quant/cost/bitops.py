@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
-from ..network.trace import LayerTrace
+from ..network.trace import LayerTrace, NetworkTrace
 from .sizing import SizedTrace
 
 FORMULA = (
@@ -117,9 +117,15 @@ def cost_of(sized: SizedTrace, plan: Plan | None, bits: Mapping[str, tuple[float
         input_size=sized.input_size,
         formula=FORMULA.format(size='x'.join(map(str, sized.output_size))),
         not_counted=sized.trace.not_counted,
-        notes=sized.notes,
+        notes=(*sized.notes, *_of_quantizers(sized.trace)),
         layers=rows,
     )
+
+
+def _of_quantizers(trace: NetworkTrace) -> list[str]:
+    if not trace.quantizer_macs:
+        return []
+    return [f'quantizers spend {trace.quantizer_macs:,} more MACs on the ranges of each image, which no number holds']
 
 
 def counted_layers(sized: SizedTrace, plan: Plan | None) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Quantization methods, one file per paper. Importing this package registers them."""
 
-from . import adabm, auto, cadyq, cfqp, daq, lsq, none, observed, odm, pams
+from . import adabm, auto, cadyq, cfqp, daq, ddtb, lsq, none, observed, odm, pams
 from .base import METHODS, Method, Training, method_of, quantize, settings_of
 from .calibrate import calibrate, needs_images
 
@@ -14,6 +14,7 @@ __all__ = [
     'calibrate',
     'cfqp',
     'daq',
+    'ddtb',
     'lsq',
     'method_of',
     'needs_images',

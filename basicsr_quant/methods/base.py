@@ -60,6 +60,7 @@ class Method:
         takes_products: Whether its input quantizers do for operands of matrix products (``quant.attention``).
         changes_weights: Whether calibration changes weights and biases, not ranges alone.
         is_static: Whether ranges and bits are the same for every image, which ``skip: quantized`` and export need.
+        static_with: Of a method that is not, the options with which it is.
         has_reference_compat: Whether published code exists whose faults ``reference_compat`` reproduces.
         starts_from: Methods whose quantized files may be the start of a training, see :meth:`adopt`.
     """
@@ -73,7 +74,8 @@ class Method:
     changes_weights: ClassVar[bool] = False
     has_reference_compat: ClassVar[bool] = False
     takes_products: ClassVar[bool] = False
-    is_static: ClassVar[bool] = True
+    is_static: bool = True
+    static_with: ClassVar[str] = ''
     starts_from: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from ..quantizers import MaxAbsWeight, NetworkMeasure, Observer, Quantizer, Sele
 from ..schema import option
 from .base import METHODS, Method, RangeOptions, Training
 from .extra_loss import with_loss
+from .progress import Progress
 
 _BATCH = 16  # of the publication, whose bit loss is a sum over it
 _EPOCH = 1000  # iterations
@@ -40,19 +41,6 @@ class CADyQOptions(RangeOptions):
     bit_weight: float = option(1e-4, low=0.0)
     bit_growth: float = option(1e-6, low=0.0)
     selector_lr: float = option(1.0, low=0.0)
-
-
-class Progress(NetworkMeasure):
-    """Counts optimizer steps, for what changes in the course of a training; saved with the network.
-
-    State: ``steps`` (int64, 0-dim).
-    """
-
-    steps: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer('steps', torch.tensor(0))
 
 
 @METHODS.register('cadyq')

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .. import random_state
 from ..errors import QuantError
-from ..quantizers.context import NetworkMeasure
+from ..quantizers.context import NetworkMeasure, floating_bytes
 from ..quantizers.quantizer import Quantizer
 from .dataflow import Step
 from .recorder import CallRecord, Recording, first_tensor, record
@@ -77,6 +77,7 @@ class NetworkTrace:
         input_shape, output_shape: Of the network, batch 1.
         parameter_bytes: All parameters as they are stored, without those of quantizers.
         range_bytes: Floating-point tensors of the quantizers in the network (ranges, units, gates).
+        quantizer_macs: Multiply-accumulates that quantizers spend on choosing ranges for one image; not in ``macs``.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -88,6 +89,7 @@ class NetworkTrace:
     output_shape: tuple[int, ...]
     parameter_bytes: int
     range_bytes: int
+    quantizer_macs: int = 0
 
     @property
     def macs(self) -> int:
@@ -250,8 +252,9 @@ def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> Net
             layers.append(_layer(name, module, calls, weight if fresh else None, chain))
         elif calls.macs:
             functional.append(_layer(name, module, calls, None))
-    quantizers = [module for module in modules.values() if isinstance(module, (Quantizer, NetworkMeasure))]
-    ranges = {id(tensor): tensor for module in quantizers for tensor in (*module.parameters(), *module.buffers())}
+    quantizers = [module for module in modules.values() if isinstance(module, Quantizer)]
+    measures = [module for module in modules.values() if isinstance(module, NetworkMeasure)]
+    ranges = {id(parameter) for module in (*quantizers, *measures) for parameter in module.parameters()}
     output = first_tensor(recording.output)
     return NetworkTrace(
         layers=tuple(layers),
@@ -262,7 +265,8 @@ def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> Net
         input_shape=shape,
         output_shape=() if output is None else tuple(output.shape),
         parameter_bytes=sum(_stored(parameter) for parameter in net.parameters() if id(parameter) not in ranges),
-        range_bytes=sum(_stored(tensor) for tensor in ranges.values() if tensor.is_floating_point()),
+        range_bytes=sum(q.stored_bytes for q in quantizers) + sum(floating_bytes(m) for m in measures),
+        quantizer_macs=sum(q.macs for q in quantizers),
     )
 
 

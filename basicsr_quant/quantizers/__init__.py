@@ -5,6 +5,7 @@ from .bit_aware import clip_to_bits, search_omse_bound
 from .context import NetworkMeasure, QuantContext
 from .distribution_range import DistributionRange, DistributionWeight
 from .fake_quantize import align_zero_point, fake_quantize, num_steps
+from .gated_range import BoundGate, GatedRange
 from .image_bits import ImageBits, complexity, image_gradients
 from .learned_range import LearnedRange
 from .learned_step import LearnedStep
@@ -23,14 +24,16 @@ from .selected_range import SelectedRange, select
 from .standardized import allocate_bits, channel_statistics, quantize_standardized, quantize_statistics
 from .step_tables import DISTRIBUTIONS, step_table
 from .symmetric_range import SymmetricRange
-from .weight_range import MaxAbsWeight, PercentileWeight
+from .weight_range import MaxAbsWeight, PercentileBounds, PercentileWeight
 
 __all__ = [
     'DISTRIBUTIONS',
     'OBSERVERS',
     'AdaptiveRange',
+    'BoundGate',
     'DistributionRange',
     'DistributionWeight',
+    'GatedRange',
     'ImageBits',
     'LearnedRange',
     'LearnedStep',
@@ -40,6 +43,7 @@ __all__ = [
     'NetworkMeasure',
     'Observer',
     'OffsetRange',
+    'PercentileBounds',
     'PercentileObserver',
     'PercentileWeight',
     'QuantContext',

@@ -14,6 +14,12 @@ class NetworkMeasure(nn.Module):
     """
 
 
+def floating_bytes(module: nn.Module) -> int:
+    """Bytes of a module's floating-point tensors, parameters and buffers."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(t.numel() * t.element_size() for t in tensors if t.is_floating_point())
+
+
 class QuantContext:
     """Per-forward values of one network.
 
@@ -21,13 +27,14 @@ class QuantContext:
     the network's input, or :meth:`read` with the name of one of the running network's ``measures``, and get the value
     computed at most once in that pass. Quantizers whose bits depend on the image leave them in ``bits``, one value for
     each image (or one for all) by the layer's name; where the choice learns, ``expected_bits`` holds their expectation
-    with its gradient. The context is no state: nothing in it outlives the next pass, nothing is saved.
+    with its gradient; gates of bounds leave their logits in ``gates``. The context is no state: nothing in it outlives the next pass, nothing is saved.
     """
 
     def __init__(self) -> None:
         self.input: Tensor | None = None
         self.bits: dict[str, Tensor] = {}
         self.expected_bits: dict[str, Tensor] = {}
+        self.gates: dict[str, Tensor] = {}
         self.measures: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._measured: dict[str, Tensor] = {}
 
@@ -36,6 +43,7 @@ class QuantContext:
         self.input = x
         self.bits = {}
         self.expected_bits = {}
+        self.gates = {}
         self._measured = {}
 
     def read(self, name: str) -> Tensor:
@@ -57,4 +65,4 @@ class QuantContext:
         return copy
 
     def __getstate__(self) -> dict[str, object]:
-        return {'input': None, 'bits': {}, 'expected_bits': {}, 'measures': {}, '_measured': {}}
+        return {'input': None, 'bits': {}, 'expected_bits': {}, 'gates': {}, 'measures': {}, '_measured': {}}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import QuantContext
+from .context import QuantContext, floating_bytes
 from .fake_quantize import fake_quantize
 
 
@@ -59,6 +59,16 @@ class Quantizer(nn.Module):
         """Change the grid to ``bits`` bits; the range stays."""
         self.num_bits = bits
         self.bits.fill_(bits)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the quantizer adds to a network: its floating-point tensors; flags and counts are none."""
+        return floating_bytes(self)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates that choosing a range takes for each image, which no layer's MACs hold."""
+        return 0
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

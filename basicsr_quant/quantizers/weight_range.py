@@ -1,22 +1,28 @@
-"""Weight bounds that follow the current weight: max |W| (PAMS) and gamma times a percentile of |W| (ODM)."""
+"""Weight bounds that follow the current weight: max |W| (PAMS), percentiles of W (DDTB) and of |W| (ODM)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from .observers import percentile
+from .observers import percentile, percentile_range
 from .quantizer import Quantizer, RelativeRange
 
 _LEAST_GAMMA = 1e-3
 
 
-def _magnitudes(weight: Tensor, per_channel: bool) -> tuple[Tensor, tuple[int, ...]]:
-    """|W| as (channels, values) and the shape of one bound per channel."""
-    weight = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
+def _rows(weight: Tensor, per_channel: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """W as (channels, values) and the shape of one bound per channel."""
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if per_channel:
         return weight.reshape(weight.shape[0], -1), (weight.shape[0],) + (1,) * (weight.dim() - 1)
     return weight.reshape(1, -1), ()
+
+
+def _magnitudes(weight: Tensor, per_channel: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """The same of |W|."""
+    rows, shape = _rows(weight, per_channel)
+    return rows.abs(), shape
 
 
 class MaxAbsWeight(Quantizer):
@@ -36,6 +42,32 @@ class MaxAbsWeight(Quantizer):
         rows, shape = _magnitudes(x, self.per_channel)
         bound = rows.amax(dim=1).reshape(shape)
         return -bound, bound
+
+    def set_range(self, lower: Tensor, upper: Tensor) -> None:
+        """Nothing to take over: the range is a function of the weight."""
+
+
+class PercentileBounds(Quantizer):
+    """Range between the (100 - p)-th and the p-th percentile of the current weight, without gradient (DDTB's weights).
+
+    2^b levels, zero is one of them: an integer zero point, as in the published code. Weights beyond the bounds get no
+    gradient, as there.
+
+    Args:
+        bits: Bits of the grid.
+        per_channel: One range for each output channel.
+        percent: p, 99 in the published code.
+    """
+
+    def __init__(self, bits: int, per_channel: bool = False, percent: float = 99.0) -> None:
+        super().__init__(bits, zero_point='integer')
+        self.per_channel, self.percent = per_channel, percent
+        self.calibrated.fill_(True)
+
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, shape = _rows(x, self.per_channel)
+        lower, upper = percentile_range(rows, self.percent)
+        return lower.reshape(shape), upper.reshape(shape)
 
     def set_range(self, lower: Tensor, upper: Tensor) -> None:
         """Nothing to take over: the range is a function of the weight."""
