@@ -28,6 +28,7 @@ def test_there_is_a_file_for_every_method_and_width():
     baselines = {f'EDSR_x4_W4A4_{m}' for m in ('ODMv1', 'PAMS', 'DAQ', 'AdaBM', 'LSQ', 'auto')}
     mobile = {f'{net}_x2_{kind}' for net in ('ABPN', 'XLSR') for kind in ('FP32', 'W8A8_CFQP')}
     baselines |= {f'EDSR_x4_W4A4_{m}' for m in ('MinMax', 'Percentile', 'MSE')}
+    baselines |= {f'EDSR_x4_W{bits}A{bits}_DDTB' for bits in (2, 3, 4)} | {'EDSR_x4_W2A2_DAQ'}
     baselines |= {f'{net}_x4_W8A8_{m}' for net in ('EDSR', 'SRResNetBN', 'CARN', 'IDN') for m in ('PAMS', 'CADyQ')}
     assert odm | baselines | mobile | {'EDSR_x4_W8A8_PAMS', 'EDSR_x4_FP32', 'EDSR_x2_FP32'} <= stems
 
@@ -51,7 +52,10 @@ def test_quant_block_is_accepted_and_is_what_the_name_says(file):
     assert method.lower() == config.method.replace('_', '')
 
 
-@named([f for f in FILES if f.stem.startswith('EDSR') and 'CADyQ' not in f.stem])
+OWN_SCHEDULE = ('CADyQ', 'DDTB', 'W2A2_DAQ')
+
+
+@named([f for f in FILES if f.stem.startswith('EDSR') and not f.stem.endswith(OWN_SCHEDULE)])
 def test_papers_schedule(file):
     opt = read(file)
     train = opt['train']
@@ -59,6 +63,21 @@ def test_papers_schedule(file):
     if 'FP32' not in file.stem:
         assert train['total_iter'] == 60000 and train['scheduler']['milestones'] == [15000, 30000, 45000]
         assert opt['datasets']['train']['batch_size_per_gpu'] == 8
+
+
+@named([f for f in FILES if f.stem.endswith(('DDTB', 'W2A2_DAQ'))])
+def test_published_schedules_of_ddtb_and_daq(file):
+    opt = read(file)
+    train, data, quant = opt['train'], opt['datasets']['train'], opt['quant']
+    found = (train['optim_g']['lr'], data['batch_size_per_gpu'], train['total_iter'], train['scheduler']['milestones'])
+    assert data['gt_size'] == 192
+    if file.stem.endswith('DAQ'):
+        assert found == (5e-5, 4, 60000, [150000])
+    else:  # the first of 60 epochs trains nothing there
+        epochs = [1000 * (epoch - 1) for epoch in (10, 20, 30, 40, 50, 60)]
+        assert found == (1e-4, 16, epochs.pop(), epochs)
+        assert (quant['ddtb']['warm_up'], quant['ddtb']['dynamic_ratio']) == (4000, 0.3)
+        assert quant['distill']['layers'] == {'conv_after_body': 1000}
 
 
 @named([f for f in FILES if 'CADyQ' in f.stem])
