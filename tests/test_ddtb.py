@@ -268,8 +268,8 @@ def test_cost_counts_the_gates_in_use_and_states_their_macs():
     found, without = (cost(n, plan, scale=1, output_size=(32, 32)) for n in (net, plain))
     assert (found.macs, found.bitops, found.fab) == (without.macs, without.bitops, 2.0)
     assert found.weight_bytes == without.weight_bytes + 2 * one
-    assert found.notes == (*without.notes, 'quantizers spend 384 more MACs on the ranges of each image, which no number '
-                           'holds')  # fmt: skip
+    note = 'quantizers spend 384 more MACs on the ranges of each image, which no number holds'
+    assert found.notes == (*without.notes, note)
     assert all(layer.type.endswith('Conv2d') for layer in trace(net).layers) and not trace(net).unused
 
 

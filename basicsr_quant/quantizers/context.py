@@ -27,7 +27,8 @@ class QuantContext:
     the network's input, or :meth:`read` with the name of one of the running network's ``measures``, and get the value
     computed at most once in that pass. Quantizers whose bits depend on the image leave them in ``bits``, one value for
     each image (or one for all) by the layer's name; where the choice learns, ``expected_bits`` holds their expectation
-    with its gradient; gates of bounds leave their logits in ``gates``. The context is no state: nothing in it outlives the next pass, nothing is saved.
+    with its gradient; gates of bounds leave their logits in ``gates``. The context is no state: nothing in it outlives
+    the next pass, nothing is saved.
     """
 
     def __init__(self) -> None:
