@@ -192,7 +192,6 @@ def deployment():
         pytest.importorskip(package)
 
 
-
 CASES = {
     'minmax skip': {'skip': 'quantized'},
     'minmax': {},
@@ -237,6 +236,22 @@ def test_layers_that_stay_in_floating_point_sum_whole_constants_and_divide(deplo
     for node in layers:
         for name in node.input[1:3]:
             np.testing.assert_array_equal(constants[name], np.rint(constants[name]))
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_a_transposed_convolution_in_the_file(groups, deployment, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Shuffling()
+        net.up = nn.ConvTranspose2d(4, 16, 3, padding=1, groups=groups)
+    net, plan = calibrated(net, w_granularity='channel')
+    done = exporting.export(
+        net, plan, str(tmp_path / 'model.onnx'), shape=SHAPE, images=[ParityImage('a', images(1, 16))],
+        source='noise', psnr=lambda output, _: float(output.mean()),
+    )  # fmt: skip
+    assert done.parity.differing <= 1e-4 and done.parity.largest <= 1
+    found = {node.layer: node for node in done.plan.nodes if node.kind == 'conv_transpose2d'}
+    assert list(found) == ['up'] and not found['up'].integer and 'floating point in an exported' in found['up'].why
 
 
 def test_weights_of_four_bits_take_half_the_bytes(deployment):

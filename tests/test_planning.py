@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import BODY, tiny
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from basicsr_quant import compat
 from basicsr_quant.config import read_config
@@ -228,12 +229,11 @@ class Odd(nn.Module):
     [
         pytest.param(nn.Conv2d(4, 4, 3, groups=2), 'body', id='grouped'),
         pytest.param(nn.Conv2d(4, 4, 3, groups=4), 'body', id='depthwise'),
-        pytest.param(MyConv(4, 4, 3), 'MyConv stays in floating point', id='subclass'),
-        pytest.param(nn.ConvTranspose2d(4, 4, 3), 'ConvTranspose2d stays in floating point', id='transposed'),
-        pytest.param(nn.Conv1d(4, 4, 3), 'Conv1d stays in floating point', id='one dimension'),
-        pytest.param(
-            nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), 'ParametrizedConv2d stays', id='parametrized'
-        ),
+        pytest.param(MyConv(4, 4, 3), 'a MyConv may have a forward of its own', id='subclass'),
+        pytest.param(weight_norm(MyConv(4, 4, 3)), 'a ParametrizedMyConv may have', id='parametrized subclass'),
+        pytest.param(weight_norm(nn.Conv2d(4, 4, 3)), 'body', id='parametrized'),
+        pytest.param(nn.ConvTranspose2d(4, 4, 3), 'body', id='transposed'),
+        pytest.param(nn.Conv1d(4, 4, 3), 'body', id='one dimension'),
     ],
 )
 @pytest.mark.parametrize('rule', [None, LayerRule(2, 2)], ids=['scope', 'asked for by a glob'])
@@ -243,7 +243,7 @@ def test_types_that_have_no_quantized_twin_stay_and_say_so(middle, wanted, rule)
     assert layer.is_quantized == (wanted == 'body')
     assert wanted in layer.why or (rule and layer.is_quantized)
     if not layer.is_quantized:
-        assert 'quantized are Conv2d and Linear' in layer.why and (layer.w_bits, layer.a_bits) == (32, 32)
+        assert "quantized are torch's own layers" in layer.why and (layer.w_bits, layer.a_bits) == (32, 32)
         assert make_plan(Odd(middle), request(layers={'middle': FP})).layers[1].why == "layers: 'middle'"
 
 

@@ -13,7 +13,8 @@ import torch
 from helpers import assert_close, finite_differences, freeze
 from torch import nn
 
-from basicsr_quant.nn import QUANTIZED_TWINS
+from basicsr_quant.network.channels import layout, output_channels
+from basicsr_quant.nn import twin_class, weight_rows
 from basicsr_quant.quantizers import (
     LearnedRange,
     LearnedStep,
@@ -403,12 +404,18 @@ def test_offsets_pass_unchanged_while_switched_off():
         pytest.param(nn.Conv2d(6, 6, 3, groups=3, stride=2, dilation=2), (2, 6, 9, 9), id='grouped, strided, dilated'),
         pytest.param(nn.Conv2d(3, 6, 3, padding=1, padding_mode='reflect', bias=False), (2, 3, 8, 8), id='reflecting'),
         pytest.param(nn.Conv2d(3, 6, 3, padding='same'), (3, 8, 8), id='without a batch'),
+        pytest.param(nn.Conv1d(4, 6, 3, padding=1, groups=2), (2, 4, 9), id='one dimension'),
+        pytest.param(nn.Conv3d(4, 6, 3, padding=1, stride=2), (2, 4, 5, 6, 7), id='three dimensions'),
+        pytest.param(nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 9), id='transposed, one dimension'),
+        pytest.param(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 7, 8), id='transposed'),
+        pytest.param(nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2), (2, 4, 7, 8), id='transposed, grouped'),
+        pytest.param(nn.ConvTranspose3d(4, 6, 3, groups=2, bias=False), (2, 4, 3, 4, 5), id='transposed, grouped, 3-D'),
         pytest.param(nn.Linear(5, 7), (2, 4, 5), id='linear'),
         pytest.param(nn.Linear(5, 7, bias=False), (5,), id='linear, one vector'),
     ],
 )
 def test_a_quantized_layer(layer, shape):
-    twin, x = QUANTIZED_TWINS[type(layer)].from_float(layer), torch.randn(shape)
+    twin, x = twin_class(layer).from_float(layer), torch.randn(shape)
     assert torch.equal(twin(x), layer(x)) and twin.quantizers() == []
     assert all(a is b for a, b in zip(twin.parameters(), layer.parameters()))
     twin.input_quantizer, twin.weight_quantizer = LearnedRange(4), MaxAbsWeight(4)
@@ -419,6 +426,30 @@ def test_a_quantized_layer(layer, shape):
         wanted.weight.copy_(MaxAbsWeight(4)(layer.weight))
     half = torch.tensor(0.5)
     assert_close(twin(x), wanted(fake_quantize(x, -half, half, 4)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+@pytest.mark.parametrize('kind', [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_range_per_channel_is_of_an_output_channel(kind, groups):
+    """An output channel whose weights are k times as large, with a range of its own, is k times as large."""
+    layer, x = kind(8, 12, 3, groups=groups, bias=False), torch.randn(1, 8, 6, 6)
+    scales = 2.0 ** torch.arange(12)
+    scaled = copy.deepcopy(layer)
+    scaled.weight.data.mul_(output_channels(scales, layer.weight, *layout(layer)))
+    found = []
+    for each in (layer, scaled):
+        twin = twin_class(each).from_float(each)
+        twin.weight_quantizer = MaxAbsWeight(2, per_channel=True)
+        assert weight_rows(twin).shape == (12, 8 // groups, 3, 3)
+        found.append(twin(x))
+    assert not torch.allclose(found[0], layer(x), rtol=0.01)
+    assert_close(found[1], found[0] * scales[:, None, None], rtol=1e-5, atol=1e-6)
+
+
+def test_an_output_size_is_passed_on():
+    layer, x = nn.ConvTranspose2d(2, 3, 3, stride=2), torch.randn(1, 2, 5, 5)
+    twin = twin_class(layer).from_float(layer)
+    assert torch.equal(twin(x, output_size=[12, 11]), layer(x, output_size=[12, 11]))
 
 
 def test_context_measures_once_per_pass():

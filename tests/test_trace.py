@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from basicsr_quant import compat
 from basicsr_quant.errors import QuantError
 from basicsr_quant.network.trace import NetworkTrace, trace
-from basicsr_quant.nn import QUANTIZED_TWINS
+from basicsr_quant.nn import twin_class
 from basicsr_quant.quantizers import LearnedRange
 
 
@@ -341,7 +341,7 @@ def test_quantized_layers_count_like_their_originals(quantizer):
     net = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4), nn.Flatten(2), nn.Linear(64, 8))
     before = trace(net, (1, 3, 8, 8))
     for index in (2, 4):
-        net[index] = QUANTIZED_TWINS[type(net[index])].from_float(net[index])
+        net[index] = twin_class(net[index]).from_float(net[index])
         net[index].input_quantizer, net[index].weight_quantizer = quantizer(), LearnedRange(4)
     after = trace(net, (1, 3, 8, 8))
     assert _counts(after) == _counts(before)

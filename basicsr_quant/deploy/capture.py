@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import QuantError
 from ..network.surgery import quant_layers
+from ..nn import weight_rows
 from ..quantizers import Quantizer
 from . import lowering
 from .grids import Grid, WeightCodes, activation_grid, weight_codes
@@ -98,7 +99,7 @@ def integer_plan(
     left_out = []
     for name, layer in quant_layers(twin).items():
         if isinstance(layer.weight_quantizer, Quantizer):
-            weights[name] = weight_codes(name, layer.weight, layer.weight_quantizer)  # type: ignore[arg-type]
+            weights[name] = weight_codes(name, weight_rows(layer), layer.weight_quantizer)
             layer.weight_quantizer = _Weight(weights[name])  # type: ignore[assignment]
     known: dict[int, _Activation | nn.Identity] = {}
     for name, module in list(twin.named_modules(remove_duplicate=False)):

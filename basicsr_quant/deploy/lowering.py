@@ -15,6 +15,10 @@ from .operators import ACTIVATION, CONSTANT, INTEGERS, WHOLE
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.linear.default)
+OTHER_CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv3d.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)  # fmt: skip
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 ADDITIONS = (aten.add.Tensor,)
 SHUFFLES = (aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
@@ -71,7 +75,8 @@ def drop_no_ops(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.op != 'call_function':
             continue
-        is_copy = node.target in (*_COPIES, aten.dropout.default)
+        is_copy = node.target in _COPIES and _layout(node) == _layout(node.args[0])
+        is_copy |= node.target is aten.dropout.default
         is_cast = node.target in _SAME_DTYPE and _dtype(node) == _dtype(node.args[0])
         is_one = node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1
         if is_copy or is_cast or is_one:
@@ -113,6 +118,11 @@ def _args(node: Node) -> tuple[Any, ...]:
 def _bypass(node: Node) -> None:
     node.replace_all_uses_with(_args(node)[0])
     node.graph.erase_node(node)
+
+
+def _layout(node: Any) -> Any:
+    value = node.meta.get('val') if isinstance(node, Node) else None
+    return value.stride() if isinstance(value, Tensor) else None
 
 
 def _dtype(node: Any) -> torch.dtype | None:
@@ -291,7 +301,7 @@ def _constant_value(graph: fx.GraphModule, node: Any) -> Tensor | None:
 
 
 def _counts(node: Node) -> bool:
-    if node.target in CONVOLUTIONS or node.target in PRODUCTS:
+    if node.target in CONVOLUTIONS + OTHER_CONVOLUTIONS + PRODUCTS:
         return True
     operands = node.args[:2]
     return node.target in ADDITIONS and all(_is_feature(operand) for operand in operands)
@@ -312,6 +322,9 @@ def _report(graph: fx.GraphModule, node: Node, engine: str) -> NodeReport:
             why = 'its input stays in floating point in the plan'
         elif engine == 'onnxruntime':
             why = _float_output(node)
+    elif node.target in OTHER_CONVOLUTIONS:
+        layer = _layer_name(node)
+        why = f'a {kind} runs in floating point in an exported file'
     elif node.target in PRODUCTS:
         why = 'a product of two activations, which the plan does not quantize'
     else:
@@ -339,7 +352,7 @@ def _leads_to_output(node: Node) -> bool:
     pending, seen = [node], set()
     while pending:
         for user in pending.pop().users:
-            if user.target in CONVOLUTIONS or user.target in PRODUCTS or user.target is ACTIVATION:
+            if user.target in CONVOLUTIONS + OTHER_CONVOLUTIONS + PRODUCTS or user.target is ACTIVATION:
                 return False
             if user not in seen:
                 seen.add(user)

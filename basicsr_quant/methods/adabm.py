@@ -18,6 +18,7 @@ from ..network.sensitivity import OFFSETS, output_errors
 from ..network.stages import Stages
 from ..network.surgery import quant_layers
 from ..network.teacher import Teacher, batches_of, spread
+from ..nn import weight_rows
 from ..quantizers import (
     OBSERVERS,
     AdaptiveRange,
@@ -154,7 +155,7 @@ class AdaBM(Method):
             if name in seen.stds:
                 self.start_input(layer.input_quantizer, seen.observers[name])
             if isinstance(layer.weight_quantizer, Quantizer):
-                self.start_weight(layer.weight_quantizer, layer.weight)  # type: ignore[arg-type]
+                self.start_weight(layer.weight_quantizer, weight_rows(layer))
 
     def start_weight(self, quantizer: Any, weight: Tensor) -> None:
         if self.schedule.init == 'mse':

@@ -84,7 +84,7 @@ class Auto(Method):
             return ()
         if isinstance(module, nn.Linear):
             return (module.in_features,)
-        return (1, module.weight.shape[1] * module.groups) + (1,) * (module.weight.dim() - 2)
+        return (1, module.in_channels) + (1,) * (module.weight.dim() - 2)
 
     # -- calibration -----------------------------------------------------------------------------------------------
 

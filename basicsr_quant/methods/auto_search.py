@@ -18,6 +18,7 @@ from ..network.input_moments import columns_wanted, input_moments, moment_groups
 from ..network.stages import Stages
 from ..network.surgery import floating_point, quant_layers
 from ..network.trace import trace
+from ..nn import stores_weight, weight_rows
 from ..quantizers import LearnedRange, MSEObserver, Quantizer, SymmetricRange
 from ..quantizers.compensated_rounding import InputMoments, compensate_input, round_compensated
 
@@ -117,7 +118,7 @@ class Search:
             if isinstance(layer.input_quantizer, Quantizer):
                 self._set_input(name, seen, layer.input_quantizer.num_bits)
             if isinstance(layer.weight_quantizer, Quantizer):
-                self._start_weight(name, layer.weight)  # type: ignore[arg-type]
+                self._start_weight(name, weight_rows(layer))
             if index == 0:
                 projected = (time.perf_counter() - start) * len(self.names)
                 self.every = max(1, round(projected / max(allowed, 1e-3)))
@@ -268,7 +269,8 @@ class Search:
         costs = {}
         for name in self.names:
             layer: Any = self.layers[name]
-            if isinstance(layer.weight_quantizer, Quantizer) and isinstance(layer, (nn.Conv2d, nn.Linear)):
+            roundable = isinstance(layer, (nn.Conv2d, nn.Linear)) and stores_weight(layer)
+            if roundable and isinstance(layer.weight_quantizer, Quantizer):
                 k = layer.weight[0].numel()
                 # Two products of (K, P) columns in float32; solving and inverting (K, K) in float64, at half its speed.
                 costs[name] = getattr(layer, 'groups', 1) * (4 * k**2 * columns_wanted(k) + 2 * 6 * k**3) / second

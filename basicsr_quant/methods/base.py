@@ -17,6 +17,7 @@ from ..network.folding import fold_batch_norms
 from ..network.plan import LayerPlan, Plan, TensorPlan
 from ..network.stages import Stages
 from ..network.surgery import apply_plan, quant_layers, quantizers
+from ..nn import weight_rows
 from ..quantizers import OBSERVERS, LearnedRange, NetworkMeasure, Observer, Quantizer, RelativeRange
 from ..registry import Registry
 from ..schema import option, read
@@ -121,10 +122,9 @@ class Method:
         return LearnedRange(tensor.bits, learn=False, zero_point='integer')
 
     def range_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """Shape of a weight's range: () per tensor, (C, 1, ..., 1) per output channel."""
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return (weight.shape[0],) + (1,) * (weight.dim() - 1) if self.per_channel else ()
+        """Shape of a weight's range: () per tensor, (C, 1, ..., 1) per output channel, over the rows of the weight."""
+        rows = weight_rows(module)
+        return (rows.shape[0],) + (1,) * (rows.dim() - 1) if self.per_channel else ()
 
     # -- calibration -----------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class Method:
             if name in seen.stds:
                 self.start_input(layer.input_quantizer, seen.observers[name])
             if isinstance(layer.weight_quantizer, Quantizer):
-                self.start_weight(layer.weight_quantizer, layer.weight)  # type: ignore[arg-type]
+                self.start_weight(layer.weight_quantizer, weight_rows(layer))
         return seen
 
     def make_observer(self, name: str, quantizer: Quantizer) -> Observer:

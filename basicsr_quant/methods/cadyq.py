@@ -78,7 +78,7 @@ class CADyQ(Method):
     def check(self, plan: Plan) -> None:
         for layer in plan:
             if layer.a_bits < FLOAT_BITS and layer.has_base_bits:
-                if layer.type == 'Linear':
+                if layer.type.endswith('Linear'):
                     raise QuantError(
                         f"quant.method: 'cadyq' reads the channels of images, and layer '{layer.layer}' is a Linear; "
                         f"keep such layers in floating point or give them bits: quant.layers: {{'{layer.layer}': fp}}"
@@ -95,8 +95,9 @@ class CADyQ(Method):
         return {'progress': Progress()}
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
-        if layer.has_base_bits and isinstance(module, nn.Conv2d):
-            return SelectedRange(self.candidates, module.in_channels, layer.layer)
+        channels: Any = getattr(module, 'in_channels', None)  # of a convolution of any kind
+        if layer.has_base_bits and channels is not None:
+            return SelectedRange(self.candidates, channels, layer.layer)
         return SymmetricRange(layer.a_bits, zero_point='integer')
 
     def make_weight(self, layer: LayerPlan, module: nn.Module) -> Quantizer:

@@ -87,10 +87,10 @@ class DAQ(Method):
     has_reference_compat = True
 
     def check(self, plan: Plan) -> None:
-        linear = [p.layer for p in plan if p.a_bits < FLOAT_BITS and p.type == 'Linear']
+        linear = [p.layer for p in plan if p.a_bits < FLOAT_BITS and p.type.endswith('Linear')]
         if linear:
             globs = dict.fromkeys(f'*.{n.rpartition(".")[2]}' if '.' in n else n for n in linear)
-            if any(fnmatchcase(p.layer, glob) for p in plan if p.type != 'Linear' for glob in globs):
+            if any(fnmatchcase(p.layer, glob) for p in plan if not p.type.endswith('Linear') for glob in globs):
                 globs = dict.fromkeys(linear)
             raise QuantError(
                 f"quant.method: 'daq' standardizes the channels of images, and layer '{linear[0]}' is a Linear; keep "

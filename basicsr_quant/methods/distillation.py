@@ -16,6 +16,7 @@ from ..network.recorder import first_tensor
 from ..network.scope import block_names
 from ..network.surgery import quant_layers, quant_state
 from ..network.teacher import unit_rows
+from ..nn import stores_weight
 from .extra_loss import with_loss
 
 
@@ -104,8 +105,9 @@ class Distillation:
         self._input: Tensor | None = None
         with torch.no_grad():
             for layer in quant_layers(teacher).values():
-                layer.weight.copy_(layer.weight_quantizer(layer.weight))  # type: ignore[operator, arg-type]
-                layer.weight_quantizer = nn.Identity()
+                if stores_weight(layer):
+                    layer.weight.copy_(layer.quantized_weight())  # type: ignore[operator]
+                    layer.weight_quantizer = nn.Identity()
         modules, theirs = dict(net.named_modules()), dict(teacher.named_modules())
         for name, weight in weights.items():
             modules[name].register_forward_hook(self._keep(weight))

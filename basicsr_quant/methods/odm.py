@@ -85,7 +85,7 @@ class ODM(Method):
     Options: ClassVar[type] = ODMOptions
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
-        if self.options.offsets and isinstance(module, nn.Conv2d):
+        if self.options.offsets and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             return OffsetRange(layer.a_bits, module.in_channels, zero_point=self.zero_point)
         return LearnedRange(layer.a_bits, zero_point=self.zero_point)
 

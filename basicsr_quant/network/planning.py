@@ -8,10 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import QuantError, nearest
-from ..nn import QUANTIZED_TWINS
+from ..nn import twin_class
 from .plan import CANNOT, FLOAT_BITS, LayerPlan, Plan
 from .scope import body_layers, weight_layers
 from .trace import LayerTrace
@@ -79,12 +78,9 @@ def make_plan(
     planned = []
     for index, (name, module) in enumerate(layers.items()):
         w_bits, a_bits, why = _decide(name, index, request, body, ends)
-        if (w_bits, a_bits) != (FLOAT_BITS, FLOAT_BITS) and type(module) not in QUANTIZED_TWINS:
-            kinds = ' and '.join(kind.__name__ for kind in QUANTIZED_TWINS)
+        if (w_bits, a_bits) != (FLOAT_BITS, FLOAT_BITS) and twin_class(module) is None:
             w_bits = a_bits = FLOAT_BITS
-            why = f'{CANNOT}a {type(module).__name__} stays in floating point; quantized are {kinds}'
-            if is_parametrized(module):
-                why += '; remove its parametrization first (torch.nn.utils.parametrize)'
+            why = f"{CANNOT}a {type(module).__name__} may have a forward of its own; quantized are torch's own layers"
         elif (w_bits, a_bits) != (FLOAT_BITS, FLOAT_BITS) and name in unused:
             w_bits = a_bits = FLOAT_BITS
             why = f'{CANNOT}the network never calls it, or only reads its weight'

@@ -50,7 +50,9 @@ def output_errors(
             return inputs[name], *args[1:]
 
         def count(module: Any, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-            macs[name] = output.numel() // module.weight.shape[0] * module.weight.numel()
+            # Each value that the rows of the weight stand for, (outputs, or inputs if transposed), takes part in a row.
+            values = args[0] if getattr(module, 'transposed', False) else output
+            macs[name] = values.numel() // module.weight.shape[0] * module.weight.numel()
 
         handles += [modules[name].register_forward_pre_hook(keep), modules[name].register_forward_hook(count)]
     device = next(net.parameters()).device

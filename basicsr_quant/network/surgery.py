@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..nn import QUANTIZED_TWINS, QuantLayer, quantized_products
+from ..nn import QuantLayer, quantized_products, twin_class
 from ..quantizers import NetworkMeasure, QuantContext, Quantizer
 from .additions import CONTAINER, add_tensor_quantizers
 from .plan import FLOAT_BITS, LayerPlan, Plan, TensorPlan
@@ -67,7 +67,9 @@ def apply_plan(
                     put(part, operand, 'input_quantizer', make_input, module)
             twins[id(module)] = products
             continue
-        twin = QUANTIZED_TWINS[type(module)].from_float(module)
+        kind = twin_class(module)
+        assert kind is not None, layer.layer
+        twin = kind.from_float(module)
         for bits, attribute, make in (
             (layer.a_bits, 'input_quantizer', make_input),
             (layer.w_bits, 'weight_quantizer', make_weight),

@@ -239,7 +239,8 @@ def _restored(net: nn.Module) -> Iterator[None]:
 
 
 def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> NetworkTrace:
-    layers, functional, seen = [], [], set()
+    layers, functional = [], []
+    seen: dict[int, object] = {}
     modules = dict(net.named_modules())
     for name, calls in recording.records.items():
         module = modules[name]
@@ -247,7 +248,7 @@ def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> Net
         if is_weight_layer or (calls.macs and not list(module.children())):
             weight = getattr(module, 'weight', None)
             fresh = isinstance(weight, Tensor) and id(weight) not in seen
-            seen.add(id(weight))
+            seen[id(weight)] = weight  # held: the id of a weight that is computed anew could come again
             chain = _up_to_next_layer(recording.flow.chain(name), modules)
             layers.append(_layer(name, module, calls, weight if fresh else None, chain))
         elif calls.macs:

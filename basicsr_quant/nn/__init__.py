@@ -1,21 +1,25 @@
 """Layers that hold quantizers."""
 
-from torch import nn
-
-from .qconv2d import QuantConv2d
+from .qconv import QuantConv1d, QuantConv2d, QuantConv3d
+from .qconv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from .qlinear import QuantLinear
 from .qproducts import QuantProducts, operands_of, quantized_products
-from .quant_layer import QuantLayer
-
-QUANTIZED_TWINS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-"""Which class stands in for which. Exact types only: a subclass may have a forward of its own."""
+from .quant_layer import QuantLayer, stores_weight, weight_rows
+from .twins import twin_class
 
 __all__ = [
-    'QUANTIZED_TWINS',
+    'QuantConv1d',
     'QuantConv2d',
+    'QuantConv3d',
+    'QuantConvTranspose1d',
+    'QuantConvTranspose2d',
+    'QuantConvTranspose3d',
     'QuantLayer',
     'QuantLinear',
     'QuantProducts',
     'operands_of',
     'quantized_products',
+    'stores_weight',
+    'twin_class',
+    'weight_rows',
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..quantizers import Quantizer
 
@@ -16,7 +16,7 @@ class QuantLayer(nn.Module):
 
     Attributes:
         input_quantizer: Quantizes the input activation; ``nn.Identity`` where it stays in floating point.
-        weight_quantizer: Quantizes the weight; ``nn.Identity`` likewise.
+        weight_quantizer: Quantizes :func:`weight_rows`; ``nn.Identity`` likewise.
     """
 
     input_quantizer: Quantizer | nn.Identity
@@ -39,3 +39,27 @@ class QuantLayer(nn.Module):
     def quantizers(self) -> list[Quantizer]:
         """The quantizers in force, the input's first."""
         return [q for q in (self.input_quantizer, self.weight_quantizer) if isinstance(q, Quantizer)]
+
+    def quantized_weight(self) -> Tensor:
+        """Q_w(W) in the weight's own shape."""
+        rows = self.weight_quantizer(weight_rows(self))
+        return _swapped(rows, self.groups) if getattr(self, 'transposed', False) else rows  # type: ignore
+
+
+def weight_rows(layer: Any) -> Tensor:
+    """The weight of a layer, quantized or not, as its quantizer sees it: one row for each output channel.
+
+    That is the weight itself, (out, in / groups, ...), but for transposed convolutions, whose weight is
+    (in, out / groups, ...).
+    """
+    return _swapped(layer.weight, layer.groups) if getattr(layer, 'transposed', False) else layer.weight
+
+
+def stores_weight(layer: nn.Module) -> bool:
+    """Whether the weight is a parameter: weight norm and other parametrizations compute it from others."""
+    return 'weight' in layer._parameters
+
+
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """(groups x A, B, ...) to (groups x B, A, ...)."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)

@@ -105,7 +105,7 @@ class DistributionRange(StandardizedQuantizer):
         mean, deviation = self.statistics(x)
         bits = allocate_bits(deviation, self.num_bits)
         if self.context is not None and self.name:
-            self.context.bits[self.name] = bits.mean(dim=(1, 2, 3))
+            self.context.bits[self.name] = bits.flatten(1).mean(dim=1)
         step = self.steps[bits.long() - 1] * deviation
         return quantize_standardized(x, mean, step, bits)
 

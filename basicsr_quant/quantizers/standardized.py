@@ -9,34 +9,33 @@ from torch import Tensor
 
 from .fake_quantize import Bits
 
-_SPATIAL = (2, 3)
-
 
 def channel_statistics(x: Tensor, rectified: bool = False) -> tuple[Tensor | None, Tensor]:
     """Mean and standard deviation of each channel of each sample.
 
-    Signed inputs: mean and unbiased deviation over H and W (a single pixel has deviation 0). Rectified inputs: no
+    Signed inputs: mean and unbiased deviation over all pixels (a single pixel has deviation 0). Rectified inputs: no
     mean, and the deviation of the positive entries with one zero added to them, as the published code computes it:
     var = S2 / (k + 1) - (S1 / (k + 1))^2 with k positive entries, sum S1, sum of squares S2. A channel without positive
     entries has deviation 0.
 
     Args:
-        x: (N, C, H, W); half precision is measured in float32.
+        x: (N, C, H, W), or another number of dimensions; half precision is measured in float32.
         rectified: ``x`` follows a ReLU; read from the network's structure, never from values.
 
     Returns:
-        mean (None if rectified) and deviation, both (N, C, 1, 1), constants to autograd.
+        mean (None if rectified) and deviation, both (N, C, 1, ..., 1), constants to autograd.
     """
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    count = x.shape[2] * x.shape[3]
+    spatial = tuple(range(2, x.dim()))
+    count = x[0, 0].numel()
     if not rectified:
-        mean = x.mean(_SPATIAL, keepdim=True)
+        mean = x.mean(spatial, keepdim=True)
         # Norms, because torch.var takes 50 times as long on the CPU.
-        norm = torch.linalg.vector_norm(x - mean, dim=_SPATIAL, keepdim=True)
+        norm = torch.linalg.vector_norm(x - mean, dim=spatial, keepdim=True)
         return mean, norm / max(count - 1, 1) ** 0.5
-    positive = torch.linalg.vector_norm(x, 0, dim=_SPATIAL, keepdim=True) + 1
-    first = x.sum(_SPATIAL, keepdim=True) / positive
-    second = torch.linalg.vector_norm(x, dim=_SPATIAL, keepdim=True).square() / positive
+    positive = torch.linalg.vector_norm(x, 0, dim=spatial, keepdim=True) + 1
+    first = x.sum(spatial, keepdim=True) / positive
+    second = torch.linalg.vector_norm(x, dim=spatial, keepdim=True).square() / positive
     return None, (second - first.square()).clamp(min=0.0).sqrt()
 
 
