@@ -281,7 +281,7 @@ def test_a_layer_that_runs_twice_is_calibrated_on_both_inputs() -> None:
     assert float(found[1]) == pytest.approx(max(upper, 0), abs=(upper - lower) / 200)
 
 
-@pytest.mark.parametrize('method', ['percentile', 'mse', 'lsq', 'pams', 'odm', 'odm_v1', 'daq', 'cadyq', 'auto'])
+@pytest.mark.parametrize('method', ['mse', 'lsq', 'pams', 'odm', 'odm_v1', 'daq', 'cadyq', 'ddtb', 'auto'])
 @pytest.mark.parametrize('make', [
     lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
     lambda: Lines(nn.Conv1d(4, 4, 3, padding=1), (1, 4, -1)),
