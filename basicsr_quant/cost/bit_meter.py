@@ -23,12 +23,14 @@ class MeasuredBits:
         fab_mac: The same, weighted by MACs.
         layers: Layer -> mean bits of its input, for the layers that chose them.
         passes: FAB of each pass (each patch of the image), in their order.
+        by_pass: Counted layer -> bits of its input, of each pass.
     """
 
     fab: float | None
     fab_mac: float | None
     layers: dict[str, float]
     passes: tuple[float, ...] = ()
+    by_pass: tuple[Mapping[str, float], ...] = ()
 
 
 class BitMeter:
@@ -69,6 +71,7 @@ class BitMeter:
             fab_mac=sum(bits[name] * macs for name, macs in self._macs.items()) / total if total else None,
             layers=layers,
             passes=tuple(_mean(list(found.values())) for found in passes if found),
+            by_pass=tuple(found for found in passes if found),
         )
 
     def mean_bits(self) -> dict[str, tuple[float, float]]:

@@ -55,6 +55,7 @@ class Cost:
         not_counted: Operators whose arithmetic no number here holds.
         notes: What else one must know to compare the numbers.
         layers: One row for each layer.
+        bitops_with_overlap: ``bitops`` with pixels counted as often as patches hold them; None without patches.
     """
 
     macs: int
@@ -71,6 +72,7 @@ class Cost:
     not_counted: tuple[str, ...]
     notes: tuple[str, ...]
     layers: tuple[LayerCost, ...]
+    bitops_with_overlap: int | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Return the ``cost`` object of ``metrics.json``: dictionaries, lists, strings and numbers only."""

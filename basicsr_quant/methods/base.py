@@ -103,6 +103,11 @@ class Method:
     def complete(self, net: nn.Module, plan: Plan) -> None:
         """Do to the network, in place, what ``plan`` says beside its layers; they hold their quantizers by now."""
 
+    @property
+    def bit_limits(self) -> tuple[int, int]:
+        """The fewest and the most bits that a layer may choose: the ends of a picture's colour scale."""
+        return 2, 8
+
     # -- quantizers ------------------------------------------------------------------------------------------------
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:

@@ -34,6 +34,9 @@ class CADyQOptions(RangeOptions):
         bit_weight: Weight of the bit loss at the start, for a reconstruction loss in 0-255.
         bit_growth: What is added to it each 1000 iterations (the published option is called a decay).
         selector_lr: Learning rate of the selectors as a multiple of the network's (10 for CARN).
+        bias_lr: That of their biases as a multiple of ``selector_lr`` (published: 1). Features are of the order of 10
+            to 100, so weights move a choice that many times faster than biases; in a training of some hundred
+            iterations 100 lets the biases take up what is common to all images, and the weights what tells them apart.
     """
 
     init: str = option('ema_minmax', choices=('ema_minmax', 'minmax', 'percentile', 'mse'))
@@ -41,6 +44,7 @@ class CADyQOptions(RangeOptions):
     bit_weight: float = option(1e-4, low=0.0)
     bit_growth: float = option(1e-6, low=0.0)
     selector_lr: float = option(1.0, low=0.0)
+    bias_lr: float = option(1.0, low=0.0)
 
 
 @METHODS.register('cadyq')
@@ -89,6 +93,10 @@ class CADyQ(Method):
                         f'{self.candidates[-1]}; make them equal'
                     )
 
+    @property
+    def bit_limits(self) -> tuple[int, int]:
+        return self.candidates[0], self.candidates[-1]
+
     # -- quantizers ------------------------------------------------------------------------------------------------
 
     def make_measures(self, plan: Plan) -> dict[str, NetworkMeasure]:
@@ -133,15 +141,16 @@ class CADyQ(Method):
     # -- training --------------------------------------------------------------------------------------------------
 
     def parameter_groups(self, net: nn.Module, params: Iterable[Any], lr: float) -> list[dict[str, Any]]:
-        selectors = {id(p) for q in _selected(net).values() for p in q.selector.parameters()}
+        own = self.options.selector_lr
+        rates = {}
+        for q in _selected(net).values():
+            rates[id(q.selector.weight)], rates[id(q.selector.bias)] = own, own * self.options.bias_lr
         groups = []
         for group in super().parameter_groups(net, params, lr):
-            own = [p for p in group['params'] if id(p) in selectors]
-            others = [p for p in group['params'] if id(p) not in selectors]
-            if others:
-                groups.append({**group, 'params': others})
-            if own:
-                groups.append({**group, 'params': own, 'lr': group.get('lr', lr) * self.options.selector_lr})
+            for rate in dict.fromkeys([1.0, *rates.values()]):
+                members = [p for p in group['params'] if rates.get(id(p), 1.0) == rate]
+                if members:
+                    groups.append({**group, 'params': members, 'lr': group.get('lr', lr) * rate})
         return groups
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer, feature_scale: float) -> Training:

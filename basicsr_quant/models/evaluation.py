@@ -12,14 +12,19 @@ from basicsr.utils import get_root_logger, imwrite, tensor2img
 from torch import Tensor, nn
 
 from ..cost import BitMeter, SizedTrace, cost_of, trace_at
-from ..network.patches import spans
-from ..report.bit_map import cells_of, draw_bit_map
+from ..cost.bit_meter import MeasuredBits
+from ..methods import method_of
+from ..network.patches import overlap_factor, spans
+from ..quantizers import complexity
+from ..report.bit_map import cells_of, draw_bit_map, draw_layer_chart, with_legend
+from ..report.patch_bits import PatchBits, layer_shares, rank_correlation, write_patch_bits
 from ..report.results import ResultWriter
 
 PATCH_NOTE = (
     'images ran in patches of {size}x{size} every {stride} pixels, bits are means over patches; what overlapping '
-    'pixels cost twice is not counted'
+    'pixels cost twice is counted in bitops_with_overlap alone'
 )
+CORRELATION = 'bits_gradient_rank_correlation'
 
 
 class Evaluation:
@@ -43,6 +48,7 @@ class Evaluation:
         self._image = ''
         self._meter: BitMeter | None = None
         self._sized: SizedTrace | None = None
+        self._patches: list[PatchBits] = []
         self.writer = ResultWriter(
             name=opt['name'],
             method=run['plan'].method,
@@ -79,7 +85,7 @@ class Evaluation:
                 ssim = float(calculate_ssim(output, truth, **options))
         bits = self._meter.image() if self._meter is not None else None
         if bits is not None and bits.passes and self.run['save_bits'] and visuals['result'].dim() == 4:
-            self._save_bits(visuals, bits.passes)
+            self._save_bits(visuals, bits)
         self.writer.add_image(
             self._dataset,
             self._image,
@@ -90,31 +96,57 @@ class Evaluation:
             seconds=self.seconds,
         )
 
-    def _save_bits(self, visuals: dict[str, Tensor], passes: tuple[float, ...]) -> None:
-        """Write ``<image>_bits.png``: the output with the bits of each patch over it."""
+    def _save_bits(self, visuals: dict[str, Tensor], bits: MeasuredBits) -> None:
+        """Write ``<image>_bits.png``: the output with the bits of each patch over it; keep them for the table."""
         patch, (height, width) = self.run['patch'], visuals['lq'].shape[-2:]
         sides = (height, width) if patch is None else (patch.size, patch.size)
         stride = max(sides) if patch is None else patch.stride
         rows, columns = (spans(n, size, stride) for n, size in zip((height, width), sides))
-        if len(rows) * len(columns) != len(passes):
+        if len(rows) * len(columns) != len(bits.passes):
             return  # a host that cuts images into tiles of its own
+        for (top, left), found in zip(((a, b) for a, *_ in rows for b, *_ in columns), bits.by_pass):
+            part = visuals['lq'][..., top : top + sides[0], left : left + sides[1]]
+            place = (left, top, part.shape[-1], part.shape[-2])
+            self._patches.append(PatchBits(self._image, *place, float(complexity(part).mean()), found))
         output = tensor2img([visuals['result']])
         scale = output.shape[0] // height
-        picture = draw_bit_map(output, cells_of(rows, columns, passes, scale))
+        few, many = method_of(self.run['plan']).bit_limits
+        picture = draw_bit_map(output, cells_of(rows, columns, bits.passes, scale), few, many)
+        kind = 'the image' if len(bits.passes) == 1 else f'{len(bits.passes)} patches of {sides[0]}x{sides[1]}'
+        title = f'{self._image}, {self.run["plan"].method}: bits of {kind}, mean {bits.fab:.2f}'
         folder = os.path.join(self.opt['path']['visualization'], self._dataset)
-        imwrite(picture, os.path.join(folder, f'{self._image}_bits.png'))
+        imwrite(with_legend(picture, title, few, many), os.path.join(folder, f'{self._image}_bits.png'))
+
+    def _end_bits(self) -> None:
+        """Write what the patches of a data set say: a table, a chart of layers, a correlation."""
+        patches, self._patches = self._patches, []
+        if not patches:
+            return
+        folder = os.path.join(os.path.dirname(self.opt['path']['visualization']), 'bits')
+        write_patch_bits(os.path.join(folder, f'{self._dataset}.csv'), patches)
+        mean = sum(p.fab for p in patches) / len(patches)
+        title = f'{self._dataset}, {self.run["plan"].method}: share of {len(patches)} patches, mean {mean:.2f} bits'
+        imwrite(draw_layer_chart(layer_shares(patches), title), os.path.join(folder, f'{self._dataset}.png'))
+        found = rank_correlation([p.gradient for p in patches], [p.fab for p in patches])
+        if found is not None:
+            self.writer.add_extra(self._dataset, CORRELATION, found)
 
     def end_dataset(self, model: Any) -> None:
         """The host is through with a data set: write what there is, so that a run cut short leaves it."""
         for metric, value in (getattr(model, 'metric_results', None) or {}).items():
             self.writer.add_extra(self._dataset, metric, float(value))
+        self._end_bits()
         self.watch(model.get_bare_model(model.net_g))  # for a data set without images
         assert self._sized is not None and self._meter is not None
         self.writer.cost = cost_of(self._sized, self.run['plan'], self._meter.mean_bits())
-        if self.run['patch'] is not None:
+        patch = self.run['patch']
+        if patch is not None:
+            size = self._sized.input_size
+            twice = None if size is None else overlap_factor(*size, patch.size, patch.stride)
             self.writer.cost = dataclasses.replace(
                 self.writer.cost,
-                notes=(*self.writer.cost.notes, PATCH_NOTE.format(**dataclasses.asdict(self.run['patch']))),
+                bitops_with_overlap=None if twice is None else round(self.writer.cost.bitops * twice),
+                notes=(*self.writer.cost.notes, PATCH_NOTE.format(**dataclasses.asdict(patch))),
             )
         folder = os.path.join(os.path.dirname(self.opt['path']['visualization']))
         self.writer.write(folder)

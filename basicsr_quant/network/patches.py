@@ -34,6 +34,16 @@ def spans(length: int, size: int, stride: int) -> list[tuple[int, int, int]]:
     return list(zip(starts, cuts, cuts[1:]))
 
 
+def overlap_factor(width: int, height: int, size: int, stride: int) -> float:
+    """Pixels of all patches of an image over its own: what patch-wise inference costs of one pass over it.
+
+    >>> overlap_factor(96, 96, 96, 90), overlap_factor(186, 96, 96, 90)
+    (1.0, 1.032258064516129)
+    """
+    rows, columns = (len(patch_starts(side, size, stride)) * min(size, side) for side in (height, width))
+    return rows * columns / (height * width)
+
+
 class Patchwise(nn.Module):
     """Runs a network patch by patch.
 

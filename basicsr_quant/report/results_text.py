@@ -90,6 +90,8 @@ def _cost(cost: Cost) -> list[str]:
         'BitOPs': (cost.bitops, cost.float_bitops),
         'weight bytes': (cost.weight_bytes, cost.float_weight_bytes),
     }
+    if cost.bitops_with_overlap is not None:
+        figures['BitOPs, overlap counted'] = (cost.bitops_with_overlap, cost.float_bitops)
     rows: list[list[object]] = [[name, *pair, _ratio(*pair)] for name, pair in figures.items()]
     rows += [
         ['of these ranges', cost.range_bytes, 0, None],
