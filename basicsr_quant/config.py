@@ -79,6 +79,21 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class FirstStageConfig:
+    """``quant.first_stage``: train the network that this method starts from, before it (CADyQ: an 8-bit PAMS network).
+
+    Args:
+        total_iter: Its iterations; None: as many as ``train.total_iter``. Milestones of the schedule move along.
+        lr: Its learning rate; None: that of ``train.optim_g``.
+        options: Options of its method.
+    """
+
+    total_iter: Optional[int] = option(None, low=1)  # noqa: UP045
+    lr: Optional[float] = option(None, low=0.0)  # noqa: UP045
+    options: Optional[dict] = None  # type: ignore[type-arg]  # noqa: UP045
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """The whole block. See the README for what each key means."""
 
@@ -96,6 +111,7 @@ class QuantConfig:
     equalize: bool = False
     patch: PatchConfig | None = None
     distill: DistillConfig | None = None
+    first_stage: FirstStageConfig | None = None
     save_bits: bool = False
 
     def plan(self, net: nn.Module, traced: NetworkTrace, *, training: bool = False) -> Plan:
@@ -193,7 +209,8 @@ def read_config(block: Any) -> QuantConfig:
                 f'quant.{other} is given, but quant.method is {method!r}; options of a method go with it only'
             )
     scalar_keys = list(_Scalars.__dataclass_fields__)
-    check_keys(block, ['method', *scalar_keys, 'layers', 'calibration', 'patch', 'distill', method], 'quant')
+    blocks = ('layers', 'calibration', 'patch', 'distill', 'first_stage')
+    check_keys(block, ['method', *scalar_keys, *blocks, method], 'quant')
     scalars = read(_Scalars, {k: block[k] for k in scalar_keys if k in block}, 'quant')
     _check_method(method, scalars)
     settings = settings_of(
@@ -222,6 +239,7 @@ def read_config(block: Any) -> QuantConfig:
         equalize=scalars.equalize,
         patch=_read_patch(block.get('patch')),
         distill=_read_distill(block.get('distill')),
+        first_stage=_read_first_stage(block.get('first_stage'), method),
         save_bits=scalars.save_bits,
     )
 
@@ -297,3 +315,15 @@ def _read_distill(given: Any) -> DistillConfig | None:
     distill = read(DistillConfig, given, 'quant.distill')
     distill.layer_weights()
     return distill
+
+
+def _read_first_stage(given: Any, method: str) -> FirstStageConfig | None:
+    if given is None:
+        return None
+    before = METHODS[method].starts_from
+    if not before:
+        able = ' | '.join(name for name in METHODS if METHODS[name].starts_from)
+        raise QuantError(f'quant.first_stage is given, but method {method!r} has one stage; allowed with: {able}')
+    stage = read(FirstStageConfig, given, 'quant.first_stage')
+    read(METHODS[before[0]].Options, stage.options, 'quant.first_stage.options')
+    return stage

@@ -43,7 +43,7 @@ def _wrap(host: Any) -> Any:
         given = _read_command_line()
         command = 'train' if is_train else _REQUEST.get('command', 'test')
         raw = option_file.read(given.opt)
-        _force(raw, given.force_yml)
+        force(raw, given.force_yml)
         import_components(raw.get('imports'))
         if not is_train:
             _keep_test_sets(raw)
@@ -68,7 +68,7 @@ def _read_command_line() -> argparse.Namespace:
     return parser.parse_known_args(sys.argv[1:])[0]
 
 
-def _force(raw: dict[str, Any], entries: list[str] | None) -> None:
+def force(raw: dict[str, Any], entries: list[str] | None) -> None:
     """Apply ``--force_yml`` to our copy of the options as the host will to its own."""
     from basicsr.utils.options import _postprocess_yml_value
 
@@ -126,6 +126,8 @@ def _prepare(
             check_checkpoints(raw['path'], resuming)
             return None
         block = {'method': 'none'}
+    if is_train and isinstance(block, Mapping) and block.get('first_stage') is not None:
+        raise QuantError('quant.first_stage is a training of its own, which only `basicsr train` runs; use that command')
     wanted = {'command': command, 'root': root, 'is_train': is_train, 'debug': given.debug}
     return prepare(raw, block, resuming=resuming, asked=_REQUEST, **wanted)
 

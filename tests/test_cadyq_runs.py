@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import logging
@@ -13,7 +14,8 @@ import torch
 import yaml
 
 from basicsr_quant import compat
-from basicsr_quant.cli import main
+from basicsr_quant.cli import _two_stages, main
+from basicsr_quant.errors import QuantError
 
 pytestmark = pytest.mark.skipif(not compat.has_host(), reason='BasicSR is not installed')
 
@@ -121,3 +123,78 @@ def test_a_teacher_of_another_network_is_refused(
     options['quant']['distill']['teacher'] = 'start'
     assert main(['train', '-opt', option_file(options)]) != 0
     assert "'start' is path.pretrain_network_g, which is not given" in capsys.readouterr().err
+
+
+def test_both_stages_of_one_option_file(options: dict[str, Any], images: Path) -> None:
+    whole = shortened(options, images, 'EDSR_x4_W8A8_CADyQ', 'fp32.pth')
+    whole['train']['scheduler'] = {'type': 'MultiStepLR', 'milestones': [100, 300], 'gamma': 0.5}
+    whole['train']['total_iter'] = 400
+    whole['quant']['distill']['teacher'] = 'fp32'
+    whole['quant']['first_stage'] = {'total_iter': 40, 'lr': 2e-4, 'options': {'init': 'mse'}}
+    first, second = _two_stages.stages_of(whole, 'experiments')
+    assert first['name'] == 'EDSR_x4_W8A8_CADyQ_pams' and first['path'] == whole['path']
+    assert first['quant'] == {
+        'method': 'pams', 'pams': {'init': 'mse'},
+        **{k: whole['quant'][k] for k in ('w_bits', 'a_bits', 'scope', 'skip', 'calibration')},
+    }  # fmt: skip
+    assert first['train']['total_iter'] == 40 and first['train']['optim_g']['lr'] == 2e-4
+    assert first['train']['scheduler']['milestones'] == [10, 30]
+    assert second['path']['pretrain_network_g'] == f'experiments/{first["name"]}/models/net_g_latest.pth'
+    assert second['quant']['distill']['teacher'] == 'fp32.pth' and second['train'] == whole['train']
+    assert 'first_stage' not in second['quant'] and 'first_stage' in whole['quant']
+    assert 'debug_' in _two_stages.stages_of(whole, '', debug=True)[1]['path']['pretrain_network_g']
+
+
+@pytest.mark.slow
+def test_one_option_file_trains_both_stages(
+    options: dict[str, Any], images: Path, option_file: Any, tmp_path: Path, monkeypatch: Any, said: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    opt = shortened(options, images, 'EDSR_x4_W8A8_CADyQ', None)
+    opt['quant']['first_stage'] = {'total_iter': 2}
+    file = option_file(opt)
+    assert main(['train', '-opt', file, '--force_yml', 'train:total_iter=3']) == 0
+    models = [tmp_path / f'experiments/EDSR_x4_W8A8_CADyQ{end}/models/net_g_latest.pth' for end in ('_pams', '')]
+    pams, cadyq = (torch.load(model, weights_only=True) for model in models)
+    assert pams['quant']['plan']['method'] == 'pams'
+    assert cadyq['params']['quant_measures.progress.steps'] == 3
+    assert any(line.startswith('Teacher: ') and '_pams/models/net_g_latest.pth' in line for line in said)
+    written = models[0].stat().st_mtime_ns
+    assert main(['train', '-opt', file, '--auto_resume']) == 0  # goes on with the second to iteration 4
+    assert models[0].stat().st_mtime_ns == written
+    assert torch.load(models[1], weights_only=True)['params']['quant_measures.progress.steps'] == 4
+    assert main(['test', '-opt', file]) == 0  # the same file
+
+
+@pytest.mark.parametrize(
+    ('change', 'flags', 'said'),
+    [
+        ({'method': 'lsq', 'first_stage': {}}, [], "quant.first_stage is given, but method 'lsq' has one stage"),
+        ({'first_stage': {'total': 3}}, [], "quant.first_stage.total is not an option (did you mean 'total_iter'?)"),
+        ({'first_stage': {'options': {'bits': 3}}}, [], 'quant.first_stage.options.bits is not an option'),
+        ({'first_stage': {}, 'cadyq': {'bits': [4, 12]}}, [], 'quant.cadyq.bits: [4, 12] given'),
+        ({'first_stage': {}, 'distill': {'layers': ['bodi']}}, [], "quant.distill.layers: 'bodi' matches no module"),
+        ({'first_stage': {}}, ['--launcher', 'pytorch'], 'quant.first_stage runs in one process'),
+    ],
+)
+def test_a_first_stage_that_leads_nowhere_is_not_begun(
+    change: dict[str, Any], flags: list[str], said: str, options: dict[str, Any], images: Path, option_file: Any,
+    tmp_path: Path, monkeypatch: Any, capsys: Any,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    opt = shortened(options, images, 'EDSR_x4_W8A8_CADyQ', None)
+    opt['quant'].update(change)
+    if change.get('method'):
+        del opt['quant']['cadyq'], opt['quant']['distill']
+    assert main(['train', '-opt', option_file(opt), *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / 'experiments').exists()
+
+
+def test_another_train_script_is_told_that_it_trains_one_stage(options: dict[str, Any]) -> None:
+    from basicsr_quant import seam
+
+    options['quant'] = {'method': 'cadyq', 'first_stage': {}}
+    given = argparse.Namespace(auto_resume=False, debug=False)
+    with pytest.raises(QuantError, match=r'quant\.first_stage is a training of its own'):
+        seam._prepare(options, 'train', '.', True, given)
