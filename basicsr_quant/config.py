@@ -246,7 +246,7 @@ def read_config(block: Any) -> QuantConfig:
 
 def _check_method(method: str, scalars: _Scalars) -> None:
     cls = METHODS[method]
-    if scalars.skip == 'quantized' and not cls.is_static:
+    if scalars.skip == 'quantized' and not (cls.is_static or cls.takes_skip):
         raise QuantError(f"quant.skip: 'quantized' given, but method {method!r} has ranges of its own for every image")
     if scalars.zero_point is not None and scalars.zero_point not in cls.zero_points:
         allowed = ' | '.join(cls.zero_points)

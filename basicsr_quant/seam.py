@@ -127,7 +127,7 @@ def _prepare(
             return None
         block = {'method': 'none'}
     if is_train and isinstance(block, Mapping) and block.get('first_stage') is not None:
-        raise QuantError('quant.first_stage is a training of its own, which only `basicsr train` runs; use that command')
+        raise QuantError('quant.first_stage is a training of its own that only `basicsr train` runs; use that command')
     wanted = {'command': command, 'root': root, 'is_train': is_train, 'debug': given.debug}
     return prepare(raw, block, resuming=resuming, asked=_REQUEST, **wanted)
 

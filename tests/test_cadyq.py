@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from basicsr_quant.cost import BitMeter, trace_at
 from basicsr_quant.errors import QuantError
 from basicsr_quant.methods import method_of, quantize
 from basicsr_quant.methods.extra_loss import with_loss
+from basicsr_quant.network.additions import tensors_of
 from basicsr_quant.network.planning import LayerRule
 from basicsr_quant.network.surgery import quant_layers
 from basicsr_quant.quantizers import MaxAbsWeight, SelectedRange, SymmetricRange
@@ -119,6 +121,42 @@ def test_a_network_of_pams_is_taken_over():
         bound = pams.get_submodule(name).input_quantizer.bounds(None)[1]
         assert_close(layer.input_quantizer.bounds(None)[1], torch.stack([bound, bound]).detach())
         assert float(layer.input_quantizer.std_scale) == pytest.approx(1 / scale)
+
+
+def with_tensors(method: str) -> tuple:
+    plan = plan_of(tiny(), method, 8)
+    plan = dataclasses.replace(plan, tensors=tensors_of(tiny(), (1, 3, 8, 8), plan))
+    return plan, method_of(plan), quantize(tiny(), plan)
+
+
+def test_quantized_skips_stay_at_eight_bits_while_layers_choose():
+    plan, method, net = with_tensors('cadyq')
+    method.calibrate(net, [images(2, 16)])
+    held = {t.tensor: net.tensor_quantizers[t.tensor.replace('.', '-')] for t in plan.tensors}
+    assert list(held) == ['first', 'body.0.conv2', 'body.0/add.0'] and not any(isinstance(q, SelectedRange) for q in held.values())
+    assert {q.num_bits for q in held.values()} == {8}
+    seen = []
+    net.body[1].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].detach()))
+    chosen = selected(net)
+    with torch.no_grad():
+        for q, highest in zip(chosen, (False, True, False, True)):
+            q.selector.bias.copy_(torch.tensor([0.0, 0.0, 9.0] if highest else [9.0, 0.0, 0.0]))
+        net.eval()(images(1, 12))
+    assert [float(net._quant_context.bits[q.name]) for q in chosen] == [4.0, 8.0, 4.0, 8.0]
+    assert 15 < len(seen[0].unique()) <= 255  # the sum that body.1 takes and skips
+    method.attach(net, torch.optim.SGD(net.parameters(), 0.0), 1.0)
+    net.train()(images(2, 12)).square().sum().backward()
+    learned = [q for q in held.values() if isinstance(q, SymmetricRange)]
+    assert learned and all(q.alpha.grad is not None for q in learned)
+
+
+def test_a_network_of_pams_with_quantized_skips_is_taken_over():
+    _, before, pams = with_tensors('pams')
+    scale = before.calibrate(pams, [images(2, 16)]).feature_scale
+    _, method, net = with_tensors('cadyq')
+    net.load_state_dict(method.adopt(pams.state_dict(), net.state_dict(), scale))
+    with torch.no_grad():
+        assert_close(net.eval()(images(2, 16, 5)), pams(images(2, 16, 5)), atol=1e-6)
 
 
 def test_a_copy_made_between_passes_chooses_the_same():

@@ -60,8 +60,10 @@ class Method:
         chooses_bits: Whether calibration may give layers other bits than the plan says.
         takes_products: Whether its input quantizers do for operands of matrix products (``quant.attention``).
         changes_weights: Whether calibration changes weights and biases, not ranges alone.
-        is_static: Whether ranges and bits are the same for every image, which ``skip: quantized`` and export need.
+        is_static: Whether ranges and bits are the same for every image, which export needs.
         static_with: Of a method that is not, the options with which it is.
+        takes_skip: Whether ``skip: quantized`` goes with a method that is not static: tensors around additions then
+            have quantizers of their own.
         has_reference_compat: Whether published code exists whose faults ``reference_compat`` reproduces.
         starts_from: Methods whose quantized files may be the start of a training, see :meth:`adopt`.
     """
@@ -77,6 +79,7 @@ class Method:
     takes_products: ClassVar[bool] = False
     is_static: bool = True
     static_with: ClassVar[str] = ''
+    takes_skip: ClassVar[bool] = False
     starts_from: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -298,7 +301,7 @@ def quantize(net: nn.Module, plan: Plan) -> nn.Module:
         method.make_weight,
         method.make_measures(plan),
         method.make_tensor,
-        share_tensors=not method.chooses_bits,  # a layer's bits may leave those of the tensor
+        share_tensors=method.is_static and not method.chooses_bits,  # a layer's bits may leave those of the tensor
     )
     method.complete(net, plan)
     return net

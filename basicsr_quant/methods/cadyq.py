@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..network.calibration import Observations, regularizer_weight
-from ..network.plan import FLOAT_BITS, LayerPlan, Plan
+from ..network.plan import FLOAT_BITS, LayerPlan, Plan, TensorPlan
 from ..network.stages import Stages
 from ..network.surgery import quant_layers
 from ..quantizers import MaxAbsWeight, NetworkMeasure, Observer, Quantizer, SelectedRange, SymmetricRange
@@ -64,11 +64,14 @@ class CADyQ(Method):
     deviation is measured in units of 0-255 features, whatever the network's (compat: as it is); gradients are
     multiplied by 1000 for every network (the code leaves that out for CARN); bounds stay positive and learn at a rate
     relative to their start; both convolutions of a block take the quantized input and the skip stays in floating point,
-    as the paper's figure shows it.
+    as the paper's figure shows it. ``skip: quantized`` holds the tensors around residual additions at 8 bits with
+    PAMS's learned bound, as the published code holds a block's output; there the skip also has the bits chosen for the
+    first convolution, here it keeps 8.
     """
 
     name = 'cadyq'
     is_static = False
+    takes_skip = True
     Options = CADyQOptions
     default_zero_point = 'integer'
     zero_points = ('integer',)
@@ -110,6 +113,12 @@ class CADyQ(Method):
 
     def make_weight(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         return MaxAbsWeight(layer.w_bits, self.per_channel)
+
+    def make_tensor(self, tensor: TensorPlan) -> Quantizer:
+        # As in the network of PAMS that is taken over, where a tensor shares the quantizer of a layer that it feeds.
+        if tensor.feeds and tensor.bits == self.candidates[-1]:
+            return SymmetricRange(tensor.bits, zero_point='integer')
+        return super().make_tensor(tensor)
 
     # -- start -----------------------------------------------------------------------------------------------------
 
