@@ -198,3 +198,23 @@ def test_another_train_script_is_told_that_it_trains_one_stage(options: dict[str
     given = argparse.Namespace(auto_resume=False, debug=False)
     with pytest.raises(QuantError, match=r'quant\.first_stage is a training of its own'):
         seam._prepare(options, 'train', '.', True, given)
+
+
+def test_a_batch_of_mixed_sizes_is_one_sentence(
+    options: dict[str, Any], option_file: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / 'uncropped.py').write_text(
+        'import torch\nfrom basicsr.utils.registry import DATASET_REGISTRY\n\n\n'
+        '@DATASET_REGISTRY.register()\nclass Uncropped(torch.utils.data.Dataset):\n'
+        '    def __init__(self, opt):\n        self.opt = opt\n\n'
+        '    def __len__(self):\n        return 6\n\n'
+        '    def __getitem__(self, i):\n'
+        '        return {"lq": torch.zeros(3, 8 + i, 8), "gt": torch.zeros(3, 16 + 2 * i, 16)}\n'
+    )
+    options['imports'] = ['uncropped']
+    options['datasets']['train'].update(type='Uncropped', num_worker_per_gpu=1)
+    assert main(['train', '-opt', option_file(options)]) == 2
+    said = capsys.readouterr().err
+    assert 'basicsr: error: datasets.train gives images of several sizes, [3, ' in said and 'Traceback' not in said

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 
 from .. import option_file
+from ..errors import QuantError
+
+_MIXED = re.compile(r'stack expects each tensor to be equal size, but got (\[[^]]*\]) at entry \d+ and (\[[^]]*\])')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +48,14 @@ def run(command: str, pipeline: str, args: argparse.Namespace, **request: object
     sys.argv = [f'basicsr {command}', *_host_flags(path, args)]  # the host parses these, and writes them to its logs
     try:
         getattr(host, f'{pipeline}_pipeline')(os.getcwd())
+    except RuntimeError as error:
+        sizes = _MIXED.search(str(error))
+        if sizes is None:
+            raise
+        raise QuantError(
+            f'datasets.train gives images of several sizes, {sizes[1]} and {sizes[2]} among them, which no batch can '
+            'hold; crop them to one size, or set batch_size_per_gpu: 1'
+        ) from None
     finally:
         sys.argv = before
         seam.request()  # a pipeline that is run later in this process asked for nothing
