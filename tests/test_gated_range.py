@@ -68,6 +68,19 @@ def test_each_image_has_the_learned_bounds_times_its_factors(bits, parts):
     assert_close(q.gate.means, x.reshape(3, parts, 4, -1).mean((1, 3)), atol=1e-6)
 
 
+@pytest.mark.parametrize('bits', [2, 3, 4])
+def test_the_grid_is_the_published_one(bits):
+    """q = (round(s x' - z) + z) / s with x' = clip(x, l, u), s = (2^b - 1) / (u - l), z = round(s l) + 2^(b - 1)."""
+    x = normal(3, 4, 5, 5).double() * 1.5
+    found = quantizer(3, bits=bits, logits=LOGITS)(x)
+    for image, (up, low) in enumerate(2 / (1 + np.exp(-LOGITS.double().numpy()))):
+        lower, upper = -1.0 * low, 2.0 * up
+        s = (2**bits - 1) / (upper - lower)
+        z = np.rint(s * lower) + 2 ** (bits - 1)
+        wanted = (np.rint(s * np.clip(x[image].numpy(), lower, upper) - z) + z) / s
+        assert_close(found[image].detach(), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(('shape', 'images'), [((6, 4), 3), ((6, 7, 4), 3), ((2, 5, 6, 4), 2)])
 def test_in_linear_layers_channels_are_the_last_dimension(shape, images):
     x = normal(*shape)
