@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from basicsr_quant.cost import cost
 from basicsr_quant.errors import QuantError
 from basicsr_quant.methods import METHODS, method_of, quantize
 from basicsr_quant.methods.ddtb import ExtremesObserver
+from basicsr_quant.network.additions import tensors_of
 from basicsr_quant.network.planning import LayerRule
 from basicsr_quant.network.surgery import quant_layers
 from basicsr_quant.network.trace import trace
@@ -229,6 +231,19 @@ def test_an_image_has_the_same_output_in_any_batch():
             assert_close(net(batch[index : index + 1]), together[index : index + 1], rtol=1e-9)
 
 
+@pytest.mark.parametrize('ratio', [0.0, 1.0])
+def test_quantized_skips_stay_at_eight_bits_beside_gates(ratio):
+    plan = plan_of(tiny(), 'ddtb', 2, options={'dynamic_ratio': ratio, 'warm_up': 0})
+    plan = dataclasses.replace(plan, tensors=tensors_of(tiny(), (1, 3, 8, 8), plan))
+    net, method = quantize(tiny(), plan), method_of(plan)
+    method.calibrate(net, BATCHES)
+    held = {name: q.num_bits for name, q in net.tensor_quantizers.items() if q.num_bits == 8}
+    assert list(held) == [t.tensor.replace('.', '-') for t in plan.tensors if t.bits == 8] != []
+    net.train()(images(3, 12)).square().sum().backward()
+    assert all(layer.input_quantizer.upper.grad is not None for layer in quant_layers(net).values())
+    assert len(gates(net)) == 4 * ratio
+
+
 class WithLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +304,6 @@ def test_defaults_are_the_published_ones():
         ({'ddtb': {'warm_up': -1}}, 'quant.ddtb.warm_up: -1 given'),
         ({'ddtb': {'gate': 'cosine'}}, 'quant.ddtb.gate is not an option'),
         ({'zero_point': 'float'}, "quant.zero_point: 'float' given, allowed with method 'ddtb': integer"),
-        ({'skip': 'quantized'}, "quant.skip: 'quantized' given, but method 'ddtb' has ranges of its own"),
         ({'reference_compat': True}, 'quant.reference_compat: true given'),
     ],
 )

@@ -59,11 +59,13 @@ class DDTB(Method):
     and 4 bits keep +-10); statistics come from a calibration pass in place of the first epoch; gates learn whole and
     see one image at a time, see :class:`BoundGate`; ranges that do not hold zero are widened to hold it; bounds stay
     apart, and learn at a rate relative to their start; both convolutions of a block take a quantized input (the
-    published EDSR leaves the first in floating point), the skip and the block's output stay in floating point.
+    published EDSR leaves the first in floating point); the skip and the block's output stay in floating point, or have
+    8 bits without gates with ``skip: quantized``, where that EDSR quantizes them as its layers.
     """
 
     name = 'ddtb'
     takes_products = True
+    takes_skip = True
     is_static = False
     static_with = 'ddtb: {dynamic_ratio: 0}'
     Options = DDTBOptions
