@@ -123,6 +123,29 @@ def test_a_network_of_pams_is_taken_over():
         assert float(layer.input_quantizer.std_scale) == pytest.approx(1 / scale)
 
 
+def test_normalized_features_have_mean_zero_and_deviation_one():
+    net, method, _ = started()
+    plain = {q.name: (q.feature_mean.clone(), q.feature_std.clone()) for q in selected(net)}
+    assert all((mean == 0).all() and (std == 1).all() for mean, std in plain.values())
+    batches = [images(3, 12, seed) for seed in range(4)]
+    method = method_of(plan_of(tiny(), 'cadyq', 8, options={'normalize': True}))
+    net = quantize(tiny(), plan_of(tiny(), 'cadyq', 8, options={'normalize': True}))
+    method.calibrate(net, batches)
+    read: dict[str, list] = {}
+    for q in selected(net):
+        q.selector.register_forward_pre_hook(lambda m, x, name=q.name: read.setdefault(name, []).append(x[0]))
+    with torch.no_grad():
+        for batch in batches:
+            net.eval()(batch)
+    for q in selected(net):
+        rows = torch.cat(read[q.name])
+        assert_close(rows.mean(0), torch.zeros(rows.shape[1]), atol=1e-4)
+        assert_close(rows.std(0, correction=0), torch.ones(rows.shape[1]), atol=1e-4)
+        assert net._quant_context.bits[q.name].tolist() == [8.0] * 3  # weights are alike for all candidates
+    q.normalize(torch.ones(3, 6))
+    assert q.feature_std.tolist() == [1.0] * 6
+
+
 def with_tensors(method: str) -> tuple:
     plan = plan_of(tiny(), method, 8)
     plan = dataclasses.replace(plan, tensors=tensors_of(tiny(), (1, 3, 8, 8), plan))

@@ -81,6 +81,25 @@ def test_two_stages_from_two_option_files(
     assert found['cost']['fab'] == pytest.approx(fab) and (4.0 <= fab < 8.0 if kind == 'EDSR' else fab <= 8.0)
 
 
+def test_normalized_features_are_measured_on_the_network_that_is_taken_over(
+    options: dict[str, Any], images: Path, option_file: Any, tmp_path: Path, monkeypatch: Any, said: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = (f'EDSR_x4_W8A8_{method}' for method in ('PAMS', 'CADyQ'))
+    assert main(['train', '-opt', option_file(shortened(options, images, first, None))]) == 0
+    opt = shortened(options, images, second, f'experiments/{first}/models/net_g_latest.pth')
+    opt['quant']['cadyq']['normalize'] = True
+    file = option_file(opt)
+    assert main(['train', '-opt', file]) == 0
+    assert any(line.startswith('Measured on ') for line in said)
+    saved = torch.load(tmp_path / f'experiments/{second}/models/net_g_latest.pth', weights_only=True)
+    for key in (k for k in saved['params'] if k.endswith('.feature_mean')):
+        assert (saved['params'][key] > 0).any() and torch.equal(saved['params'][key], saved['params_ema'][key])
+    said.clear()
+    assert main(['test', '-opt', file]) == 0
+    assert not any(line.startswith(('Measured', 'Calibrated')) for line in said)
+
+
 @pytest.mark.parametrize(
     ('change', 'said'),
     [

@@ -207,6 +207,15 @@ class Method:
         """
         raise NotImplementedError
 
+    @property
+    def measures_start(self) -> bool:
+        """Whether a network taken over by :meth:`adopt` goes through :meth:`measure_start` before it trains."""
+        return False
+
+    def measure_start(self, net: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Measure on images, as for :meth:`calibrate`, what the other method's file does not hold."""
+        raise NotImplementedError
+
     # -- training --------------------------------------------------------------------------------------------------
 
     def parameter_groups(self, net: nn.Module, params: Iterable[Any], lr: float) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..network.calibration import Observations, regularizer_weight
+from ..network.calibration import Observations, evaluating, regularizer_weight
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan, TensorPlan
 from ..network.stages import Stages
 from ..network.surgery import quant_layers
@@ -34,9 +34,10 @@ class CADyQOptions(RangeOptions):
         bit_weight: Weight of the bit loss at the start, for a reconstruction loss in 0-255.
         bit_growth: What is added to it each 1000 iterations (the published option is called a decay).
         selector_lr: Learning rate of the selectors as a multiple of the network's (10 for CARN).
-        bias_lr: That of their biases as a multiple of ``selector_lr`` (published: 1). Features are of the order of 10
-            to 100, so weights move a choice that many times faster than biases; in a training of some hundred
-            iterations 100 lets the biases take up what is common to all images, and the weights what tells them apart.
+        normalize: Give selectors features less their mean over the calibration images, in units of their deviation
+            (published: false). Features are positive, of the order of 10 to 100, and rise and fall together: what all
+            images have in common then moves the choice faster than what tells them apart, which takes very long to
+            learn. With it, and a selector's learning rate of about 1e-2, some hundred iterations do.
     """
 
     init: str = option('ema_minmax', choices=('ema_minmax', 'minmax', 'percentile', 'mse'))
@@ -44,7 +45,7 @@ class CADyQOptions(RangeOptions):
     bit_weight: float = option(1e-4, low=0.0)
     bit_growth: float = option(1e-6, low=0.0)
     selector_lr: float = option(1.0, low=0.0)
-    bias_lr: float = option(1.0, low=0.0)
+    normalize: bool = option(False)
 
 
 @METHODS.register('cadyq')
@@ -129,7 +130,31 @@ class CADyQ(Method):
         seen = super().calibrate(net, batches, stages)
         for quantizer in _selected(net).values():
             quantizer.std_scale.fill_(self._std_scale(seen.feature_scale))
+        if self.measures_start:
+            self.measure_start(net, (stages or Stages()).over('measuring features', batches))
         return seen
+
+    @property
+    def measures_start(self) -> bool:
+        return bool(self.options.normalize)
+
+    @torch.no_grad()
+    def measure_start(self, net: nn.Module, batches: Iterable[Tensor]) -> None:
+        found: dict[str, list[Tensor]] = {name: [] for name in _selected(net)}
+        handles = [
+            q.register_forward_pre_hook(lambda q, inputs, name=name: found[name].append(q.features(inputs[0])))
+            for name, q in _selected(net).items()
+        ]
+        try:
+            with evaluating(net):
+                for batch in batches:
+                    net(batch.to(next(net.parameters()).device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, q in _selected(net).items():
+            if found[name]:
+                q.normalize(torch.cat(found[name]))
 
     def _std_scale(self, feature_scale: float) -> float:
         return 1.0 if self.reference_compat else 1.0 / feature_scale
@@ -143,23 +168,22 @@ class CADyQ(Method):
                 adopted[key] = state[key[:-1]].reshape(-1).expand(len(mine)).clone()
             elif key.endswith('.input_quantizer.std_scale'):
                 adopted[key] = torch.full_like(mine, self._std_scale(feature_scale))
-            elif '.input_quantizer.selector.' in key or key.startswith('quant_measures.'):
+            elif '.input_quantizer.' in key or key.startswith('quant_measures.'):  # selectors, and what they read
                 adopted[key] = mine.clone()
         return adopted
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def parameter_groups(self, net: nn.Module, params: Iterable[Any], lr: float) -> list[dict[str, Any]]:
-        own = self.options.selector_lr
-        rates = {}
-        for q in _selected(net).values():
-            rates[id(q.selector.weight)], rates[id(q.selector.bias)] = own, own * self.options.bias_lr
+        selectors = {id(p) for q in _selected(net).values() for p in q.selector.parameters()}
         groups = []
         for group in super().parameter_groups(net, params, lr):
-            for rate in dict.fromkeys([1.0, *rates.values()]):
-                members = [p for p in group['params'] if rates.get(id(p), 1.0) == rate]
-                if members:
-                    groups.append({**group, 'params': members, 'lr': group.get('lr', lr) * rate})
+            own = [p for p in group['params'] if id(p) in selectors]
+            others = [p for p in group['params'] if id(p) not in selectors]
+            if others:
+                groups.append({**group, 'params': others})
+            if own:
+                groups.append({**group, 'params': own, 'lr': group.get('lr', lr) * self.options.selector_lr})
         return groups
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer, feature_scale: float) -> Training:

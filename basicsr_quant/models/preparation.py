@@ -14,7 +14,7 @@ from ..config import CalibrationConfig, QuantConfig, read_config
 from ..data.calibration import dataset_options, number_of_images
 from ..data.check import check_dataset
 from ..errors import QuantError
-from ..methods import needs_images, quantize
+from ..methods import method_of, needs_images, quantize
 from ..methods.distillation import layer_weights
 from ..network.plan import Plan
 from ..network.trace import trace
@@ -229,7 +229,10 @@ def _check_calibration(
     path: str | None,
     is_train: bool,
 ) -> None:
-    if (file is not None and file.plan is not None) or not needs_images(plan):
+    if file is not None and file.plan is not None:
+        if file.plan.method == plan.method or not (is_train and method_of(plan).measures_start):
+            return
+    elif not needs_images(plan):
         return
     if config.calibration is None and not is_train:
         raise QuantError(

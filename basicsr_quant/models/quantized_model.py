@@ -88,7 +88,7 @@ class QuantizedModelMixin:
         net = self._bare()
         self._wrap = True
         self.net_g = self.model_to_device(net)
-        if hasattr(self, 'net_g_ema') and not self._loaded_quantized():
+        if hasattr(self, 'net_g_ema') and (not self._loaded_quantized() or self._measures_start()):
             _copy_calibrated(net, self.net_g_ema, self._run['plan'])
         scale = self._run['feature_scale'] or self._calibration.get('feature_scale', 1.0)
         self._training = self._method.attach(net, self.optimizer_g, scale)  # type: ignore[attr-defined]
@@ -113,21 +113,33 @@ class QuantizedModelMixin:
     def _loaded_quantized(self) -> bool:
         return bool(self._run.get('loaded_quantized'))
 
+    def _measures_start(self) -> bool:
+        """Whether the network was made by another method, and this one still has to look at images."""
+        return bool(self.opt['is_train'] and self._run.get('taken_over') and self._method.measures_start)
+
     def _calibrate_if_needed(self) -> None:
-        if self._loaded_quantized() or not quantizers(self._bare()):
+        follows = self._measures_start()
+        if (self._loaded_quantized() and not follows) or not quantizers(self._bare()):
             return
         config = self._run['calibration'] or CalibrationConfig()
         train = self.opt['datasets'].get('train') if self.opt['is_train'] else None
-        looks = needs_images(self._run['plan'])
+        looks = follows or needs_images(self._run['plan'])
         options = dataset_options(config, train, self.opt.get('scale', 1)) if looks else {}
         start = time.time()
         net = self._bare()
         same_on_all_ranks(net.state_dict())  # without a checkpoint each rank has drawn its own weights
         before = set(vars(self))
         images = CalibrationImages(config, options, self._to_lq, self.opt['manual_seed']) if looks else ()
-        seen = calibrate(net, self._run['plan'], images, self._stages)
+        if follows:
+            self._method.measure_start(net, self._stages.over('measuring features', images))
+        else:
+            seen = calibrate(net, self._run['plan'], images, self._stages)
         for name in set(vars(self)) - before:  # what feed_data left behind
             delattr(self, name)
+        if follows:
+            same_on_all_ranks(net.state_dict())
+            logger.info('Measured on %s what the start does not hold, in %.1f s.', options['name'], time.time() - start)
+            return
         scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=self.device)  # type: ignore[attr-defined]
         same_on_all_ranks({**net.state_dict(), 'feature scale': scale})
         self._calibration = {'feature_scale': float(scale), 'images': seen.images}
@@ -171,6 +183,7 @@ class QuantizedModelMixin:
         if file.plan is not None:
             checkpoint.compare_plans(file, self._run['plan'], bare)
             self._run['loaded_quantized'] = True
+            self._run['taken_over'] = file.plan.method != self._run['plan'].method
             self._calibration = dict(file.calibration)
         found, _ = file.state(param_key)
         kind = 'FP32' if file.plan is None else f'quantized ({file.plan.method})'

@@ -38,10 +38,13 @@ class SelectedRange(RelativeRange):
 
     State: ``alphas`` (K,), relative to ``unit``; ``selector`` (weights 1, biases 0 but 1 for the highest candidate, as
     published, so that it is the one chosen at the start); ``std_scale``, what deviations are multiplied with: 1 / c
-    brings those of a network with feature scale c to the 0-255 features that the published learning rate is meant for.
+    brings those of a network with feature scale c to the 0-255 features that the published learning rate is meant for;
+    ``feature_mean`` and ``feature_std`` (C + 2,), 0 and 1 as published: the selector reads (f - mean) / std.
     """
 
     std_scale: Tensor
+    feature_mean: Tensor
+    feature_std: Tensor
     candidate_bits: Tensor
 
     def __init__(self, candidates: Sequence[int], channels: int, name: str = '') -> None:
@@ -53,6 +56,8 @@ class SelectedRange(RelativeRange):
         with torch.no_grad():
             self.selector.bias.copy_(functional.one_hot(torch.tensor(len(candidates) - 1), len(candidates)))
         self.register_buffer('std_scale', torch.tensor(1.0))
+        self.register_buffer('feature_mean', torch.zeros(channels + 2))
+        self.register_buffer('feature_std', torch.ones(channels + 2))
         self.register_buffer('candidate_bits', torch.tensor(candidates, dtype=torch.float32), persistent=False)
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,15 +79,27 @@ class SelectedRange(RelativeRange):
     def clamp_range(self) -> None:
         self.alphas.clamp_(min=_LEAST_BOUND)
 
-    def probabilities(self, x: Tensor) -> Tensor:
-        """p of each image (row) of the layer's input ``x`` (R, C, H, W): (R, K)."""
+    def features(self, x: Tensor) -> Tensor:
+        """f of each image (row) of the layer's input ``x`` (R, C, H, W), before it is normalized: (R, C + 2)."""
         if self.context is None:
             raise RuntimeError('a bit selector reads the image, so it works inside its network only')
         slopes = self.context.measure('image_gradients', image_gradients)
         parts = x.shape[0] // len(slopes)  # windows or frames of one image lie one after another
         deviation = channel_statistics(x)[1].flatten(1) * self.std_scale
-        features = torch.cat([slopes.repeat_interleave(parts, dim=0), deviation], dim=1)
-        return self.selector(features.to(self.selector.weight)).softmax(dim=1)  # type: ignore[no-any-return]
+        return torch.cat([slopes.repeat_interleave(parts, dim=0), deviation], dim=1).to(self.selector.weight)
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """p of each row of ``x``: (R, K)."""
+        features = (self.features(x) - self.feature_mean) / self.feature_std
+        return self.selector(features).softmax(dim=1)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def normalize(self, features: Tensor) -> None:
+        """Read features from now on relative to the mean and deviation of these, (rows, C + 2); what is constant in
+        them stays in its own unit."""
+        deviation, mean = torch.std_mean(features, dim=0, correction=0)
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(torch.where(deviation > 0, deviation, 1.0))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
