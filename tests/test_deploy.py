@@ -254,6 +254,31 @@ def test_a_transposed_convolution_in_the_file(groups, deployment, tmp_path):
     assert list(found) == ['up'] and not found['up'].integer and 'floating point in an exported' in found['up'].why
 
 
+def test_a_batch_is_computed_as_its_images_are(deployment):
+    net, _ = calibrated(shuffling(), skip='quantized')
+    run = engines.onnxruntime_runner(exporting.packed_onnx(integer_plan(net, SHAPE)).SerializeToString())
+    assert run.shape == (None, 3, None, None)
+    x = images(3, 18)
+    torch.testing.assert_close(run(x), torch.cat([run(x[i : i + 1]) for i in range(3)]), rtol=0, atol=0)
+    with pytest.raises(QuantError, match='ONNX Runtime fails on an input of 3x2x18x18'):
+        run(x[:, :2])
+
+
+def test_a_network_that_fixes_its_batch_still_exports_for_any_size(deployment):
+    class One(nn.Sequential):
+        images = -1
+
+        def forward(self, x):
+            return super().forward(x.reshape(self.images, 3, x.shape[2], x.shape[3]))
+
+    net, _ = calibrated(One(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)))
+    net.images = 1
+    plan = integer_plan(net, SHAPE)
+    assert plan.dynamic and not plan.batched
+    run = engines.onnxruntime_runner(exporting.packed_onnx(plan).SerializeToString())
+    assert run.shape == (1, 3, None, None) and run(images(1, 21)).shape == (1, 3, 21, 21)
+
+
 def test_weights_of_four_bits_take_half_the_bytes(deployment):
     import onnx
 
@@ -302,7 +327,7 @@ def test_a_full_disk_leaves_nothing(deployment, tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
-    monkeypatch.setattr('basicsr_quant.deploy.onnx_file.os.fsync', full)
+    monkeypatch.setattr('basicsr_quant.deploy.files.os.fsync', full)
     with pytest.raises(QuantError, match=r'model\.onnx cannot be written: No space left'):
         small(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -328,7 +353,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, mo
     def refuse(**_):
         raise PermissionError(errno.EACCES, 'Permission denied')
 
-    monkeypatch.setattr('basicsr_quant.deploy.export.tempfile.TemporaryFile', refuse)
+    monkeypatch.setattr('basicsr_quant.deploy.files.tempfile.TemporaryFile', refuse)
     with pytest.raises(QuantError, match='cannot be written: Permission denied'):
         small(tmp_path)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from ..errors import QuantError
 
 name = 'upscale'
 help = 'up-scale photographs or folders of them with an exported file or a checkpoint'
+
+_TILE = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-m', '--model', required=True, metavar='FILE', help='model.onnx, .xml or, with -opt, .pth')
     parser.add_argument('-opt', metavar='FILE', help='option file of a .pth, which says what network it is of')
     parser.add_argument('--engine', choices=('onnxruntime', 'openvino'), help='runs a .onnx (default: onnxruntime)')
-    parser.add_argument('--tile', type=int, default=256, help='side of a tile in pixels of the input (default: 256)')
+    parser.add_argument('--tile', type=int, help=f'largest side of a tile in pixels of the input (default: {_TILE})')
     parser.add_argument('--overlap', type=int, default=16, help='pixels a tile sees beyond its edge (default: 16)')
+    parser.add_argument('--batch', type=int, help=f'tiles at once (default: what holds a tile of {_TILE})')
     parser.add_argument('--threads', type=int, help='threads of the engine (default: its own choice)')
     parser.add_argument('--overwrite', action='store_true', help='do images again whose output is there')
 
 
 def run(args: argparse.Namespace) -> int:
     """Up-scale; images that are there already are left alone, so that a folder goes on where it was."""
-    if args.tile < 16 or args.overlap < 0:
-        raise QuantError(f'--tile {args.tile} --overlap {args.overlap}: at least 16 and 0 are needed')
+    for option, least in (('tile', 16), ('overlap', 0), ('batch', 1), ('threads', 1)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise QuantError(f'--{option} {value}: at least {least} is needed')
     import basicsr_quant
 
     basicsr_quant.enable()
@@ -40,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..data import image_files
     from ..deploy import tiles
-    from ..deploy.onnx_file import write_bytes
+    from ..deploy.files import check_writable
 
     found = image_files.find_images(args.input)
     pending = [(file, target) for file, target in _targets(found, args) if args.overwrite or not target.exists()]
@@ -48,47 +53,83 @@ def run(args: argparse.Namespace) -> int:
         print(f'{len(found) - len(pending)} of {len(found)} images are there already; --overwrite does them again')
     if not pending:
         return 0
-    network, channels, scale, fixed = _network(args)
-    tiling = tiles.Tiling(args.tile, args.overlap, fixed)
+    check_writable(pending[0][1].parent, f'-o {args.output}')
+    network = _network(args)
+    side = args.tile or network.tile or _TILE
+    batch = (args.batch or max(1, (_TILE // side) ** 2)) if network.batched else 1
+    tiling = tiles.Tiling(side, args.overlap, network.fixed, batch)
     failed: list[str] = []
-    sizes: dict[Path, int] = {}
+    work: dict[Path, int] = {}
     for file, _ in pending:
         try:
-            sizes[file] = tiles.count(*image_files.image_size(file), tiling)
+            work[file] = tiling.work(*image_files.image_size(file))
         except QuantError as error:
             failed.append(str(error))
-    spent = 0.0
-
-    def timed(image: Any) -> Any:
-        nonlocal spent
-        start = time.perf_counter()
-        output = network(image)
-        spent += time.perf_counter() - start
-        return output
-
+    clock = _Clock(network.run)
     begin = time.perf_counter()
-    with tqdm(total=sum(sizes.values()), unit='tile', disable=None) as bar:
-        for file, target in pending:
-            if file not in sizes:
-                continue
+    todo = [(file, target) for file, target in pending if file in work]
+    with tqdm(total=sum(work.values()), unit='px', unit_scale=True, disable=None) as bar:
+        for (file, target), read in zip(todo, _read_ahead(todo)):
             try:
-                image = image_files.read_image(file)
-                bar.total += (image_files.passes(image.shape, channels) - 1) * sizes[file]
-                up = image_files.through_network(
-                    image, channels, scale, lambda part: tiles.upscale(timed, part, scale, tiling, bar.update)
-                )
-            except QuantError as error:
+                image = read()
+                bar.total += (image_files.passes(image.shape, network.channels) - 1) * work[file]
+                bands = image_files.through_network(
+                    image, network.channels, network.scale,
+                    lambda part: tiles.upscale(clock, part, network.scale, tiling, bar.update),
+                )  # fmt: skip
+                height, width = (side * network.scale for side in image.shape[:2])
+                _write(target, height, width, image, bands)
+            except image_files.UnreadableImage as error:
                 failed.append(str(error))
-                bar.update(sizes[file])
-                continue
-            write_bytes(target, image_files.encode_png(up))
+                bar.update(work[file])
     whole = time.perf_counter() - begin
-    share = f', {100 * spent / whole:.0f} % of it in the engine' if whole > 0 else ''
+    share = f', {100 * clock.seconds / whole:.0f} % of it in the engine' if whole > 0 else ''
     print(f'{len(pending) - len(failed)} images in {whole:.1f} s{share}')
     if failed:
         more = f' ({len(failed)} images failed)' if len(failed) > 1 else ''
         raise QuantError(failed[0] + more)
     return 0
+
+
+class _Clock:
+    """A network that adds up the seconds spent in it."""
+
+    def __init__(self, network: Callable[[Any], Any]) -> None:
+        self.network, self.seconds = network, 0.0
+
+    def __call__(self, image: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.network(image)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def _read_ahead(todo: list[tuple[Path, Path]]) -> Iterator[Callable[[], Any]]:
+    """Functions that give the images; while one is worked on, the next one is read."""
+    from ..data.image_files import read_image
+
+    with ThreadPoolExecutor(1) as pool:
+        upcoming: Future[Any] | None = None
+        for index in range(len(todo)):
+            current = upcoming or pool.submit(read_image, todo[index][0])
+            upcoming = pool.submit(read_image, todo[index + 1][0]) if index + 1 < len(todo) else None
+            yield current.result
+
+
+def _write(target: Path, height: int, width: int, image: Any, bands: Iterator[Any]) -> None:
+    """Write bands as they come, compressed and written while the next one is computed."""
+    from ..data.png_file import PngFile
+
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    with PngFile(target, height, width, channels, image.dtype) as file, ThreadPoolExecutor(1) as pool:
+        written: Future[None] | None = None
+        for band in bands:
+            if written is not None:
+                written.result()
+            written = pool.submit(file.write, band)
+        if written is not None:
+            written.result()
 
 
 def _targets(found: list[Path], args: argparse.Namespace) -> list[tuple[Path, Path]]:
@@ -108,9 +149,9 @@ def _targets(found: list[Path], args: argparse.Namespace) -> list[tuple[Path, Pa
     return pairs
 
 
-def _network(args: argparse.Namespace) -> tuple[Callable[[Any], Any], int, int, tuple[int, int] | None]:
-    """The network, its channels and scale, and the only size it takes, if so."""
-    import torch
+def _network(args: argparse.Namespace) -> Any:
+    """The network that ``-m`` names, as :class:`~basicsr_quant.deploy.loading.Loaded`."""
+    from ..deploy.loading import load_file
 
     path = Path(args.model)
     if not path.is_file():
@@ -121,30 +162,14 @@ def _network(args: argparse.Namespace) -> tuple[Callable[[Any], Any], int, int, 
         raise QuantError(f'-m {args.model}: a file that ends in .onnx, .xml or .pth is needed')
     if args.opt:
         raise QuantError(f'-opt goes with a .pth only; {args.model} says itself what it is')
-    from ..deploy import engines
-
-    card: dict[str, Any] = {}
-    beside = path.with_suffix('.json')
-    if beside.is_file():
-        try:
-            card = json.loads(beside.read_text(encoding='utf-8'))
-        except (OSError, ValueError) as error:
-            raise QuantError(f'{beside} cannot be read: {error}') from None
-    shape = list(card.get('input', {}).get('shape', [1, 3, 'height', 'width']))
-    fixed = (shape[2], shape[3]) if all(isinstance(side, int) for side in shape[2:]) else None
-    if path.suffix == '.xml' or args.engine == 'openvino':
-        network = engines.openvino_runner(str(path), threads=args.threads)
-    else:
-        network = engines.onnxruntime_runner(str(path), threads=args.threads)
-    probe = fixed or (32, 32)
-    made = network(torch.zeros(1, shape[1], *probe)).shape
-    return network, shape[1], made[-1] // probe[1], fixed
+    return load_file(path, args.engine, args.threads)
 
 
-def _from_checkpoint(args: argparse.Namespace) -> tuple[Callable[[Any], Any], int, int, None]:
+def _from_checkpoint(args: argparse.Namespace) -> Any:
     import torch
 
     from .. import option_file
+    from ..deploy.loading import Loaded
     from ..models import checkpoint
     from ..models.deployment import load_quantized
     from ..models.preparation import build_float
@@ -167,4 +192,4 @@ def _from_checkpoint(args: argparse.Namespace) -> tuple[Callable[[Any], Any], in
         with torch.inference_mode():
             return net(image)
 
-    return network, traced.input_shape[1], traced.output_shape[-1] // traced.input_shape[-1], None
+    return Loaded(network, traced.input_shape[1], traced.output_shape[-1] // traced.input_shape[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -11,7 +11,18 @@ from PIL import Image
 
 from ..errors import QuantError
 
+_ORIENTATION = 0x0112
+"""EXIF tag: how the camera was held."""
+_LYING = (5, 6, 7, 8)
+"""Its values that exchange width and height."""
+_CUBIC = 2
+"""Neighbours to each side that a cubic kernel sees."""
+
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+
+
+class UnreadableImage(QuantError):
+    """An image that cannot be read; others of its folder may be."""
 
 
 def find_images(given: str) -> list[Path]:
@@ -32,48 +43,45 @@ def find_images(given: str) -> list[Path]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width from the file's head.
+    """Height and width as the image is to be seen, from the file's head.
 
     Raises:
-        QuantError: if it is no image.
+        UnreadableImage: if it is none.
     """
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            lies = image.getexif().get(_ORIENTATION, 1) in _LYING
+            return (image.width, image.height) if lies else (image.height, image.width)
     except Exception as error:
-        raise QuantError(f'{path} cannot be read as an image: {_said(error)}') from None
+        raise UnreadableImage(f'{path} cannot be read as an image: {_said(error)}') from None
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an image as it is stored: (H, W), (H, W, 3) BGR or (H, W, 4) BGRA, uint8 or uint16.
+    """Read an image as it is stored, turned as its camera says: (H, W), (H, W, 3) RGB or (H, W, 4) RGBA, uint8 or
+    uint16.
 
     Raises:
-        QuantError: if it is truncated, or no image.
+        UnreadableImage: if it is truncated, or none.
     """
     try:
         with Image.open(path) as image:
             image.load()  # OpenCV returns what it has of a truncated file
+            orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception as error:
-        raise QuantError(f'{path} cannot be read as an image: {_said(error)}') from None
+        raise UnreadableImage(f'{path} cannot be read as an image: {_said(error)}') from None
     content = np.frombuffer(path.read_bytes(), np.uint8)  # cv2.imread does not take every name on every system
     found = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if found is None or found.dtype not in (np.uint8, np.uint16):
         kind = 'nothing' if found is None else str(found.dtype)
-        raise QuantError(f'{path} cannot be read as an image of 8 or 16 bits: OpenCV gives {kind}')
-    return np.asarray(found)
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """A PNG file, 8 or 16 bits as the array has."""
-    fine, content = cv2.imencode('.png', image)
-    if not fine:
-        raise QuantError(f'an image of shape {image.shape} and type {image.dtype} cannot be written as PNG')
-    return bytes(content.tobytes())
+        raise UnreadableImage(f'{path} cannot be read as an image of 8 or 16 bits: OpenCV gives {kind}')
+    if found.ndim == 3:
+        found = cv2.cvtColor(found, cv2.COLOR_BGRA2RGBA if found.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+    return _upright(np.asarray(found), orientation)
 
 
 def through_network(
-    image: np.ndarray, channels: int, scale: int, upscale: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+    image: np.ndarray, channels: int, scale: int, upscale: Callable[[np.ndarray], Iterator[np.ndarray]]
+) -> Iterator[np.ndarray]:
     """Up-scale an image of any kind with a network of ``channels`` (3: RGB, 1: grey).
 
     Grey images go through an RGB network three times over and come back as their mean; colour images go through a grey
@@ -83,26 +91,47 @@ def through_network(
         image: From :func:`read_image`.
         channels: What the network takes.
         scale: Up-scaling factor.
-        upscale: (H, W, channels) in RGB to (H scale, W scale, channels).
+        upscale: (H, W, channels) to its result from top to bottom, in bands (h scale, W scale, channels).
+
+    Yields:
+        Bands of the result, of the image's kind.
     """
     colours, alpha = (image[..., :3], image[..., 3]) if image.ndim == 3 and image.shape[2] == 4 else (image, None)
-    if colours.ndim == 2 or colours.shape[2] == 1:
-        grey = colours.reshape(*colours.shape[:2], 1)
-        made = upscale(np.repeat(grey, channels, axis=2))
-        result = np.rint(made.mean(axis=2)).astype(image.dtype)
+    bands: Iterator[np.ndarray]
+    if colours.ndim == 2:
+        made = upscale(np.repeat(colours[..., None], channels, axis=2))
+        bands = (np.rint(band.mean(axis=2)).astype(image.dtype) for band in made)
     elif channels == 1:
-        result = np.concatenate([upscale(colours[..., i : i + 1]) for i in range(3)], axis=2)
+        parts = zip(*(upscale(np.ascontiguousarray(colours[..., i : i + 1])) for i in range(3)))
+        bands = (np.concatenate(band, axis=2) for band in parts)
     else:
-        result = upscale(np.ascontiguousarray(colours[..., ::-1]))[..., ::-1]
-    if alpha is None:
-        return np.ascontiguousarray(result)
-    size = (result.shape[1], result.shape[0])
-    return np.dstack([result, cv2.resize(alpha, size, interpolation=cv2.INTER_CUBIC)])
+        bands = upscale(np.ascontiguousarray(colours))
+    top = 0
+    for band in bands:
+        bottom = top + len(band) // scale
+        yield band if alpha is None else np.dstack([band, _bicubic(alpha, top, bottom, scale)])
+        top = bottom
 
 
 def passes(shape: tuple[int, ...], channels: int) -> int:
     """How many times :func:`through_network` calls the network's up-scaling for an image of this shape."""
-    return 3 if channels == 1 and len(shape) == 3 and shape[2] >= 3 else 1
+    return 3 if channels == 1 and len(shape) == 3 else 1
+
+
+def _bicubic(alpha: np.ndarray, top: int, bottom: int, scale: int) -> np.ndarray:
+    """Rows ``top`` to ``bottom`` of ``alpha``, up-scaled as in the whole."""
+    first, last = max(0, top - _CUBIC), min(len(alpha), bottom + _CUBIC)
+    size = (alpha.shape[1] * scale, (last - first) * scale)
+    made = cv2.resize(alpha[first:last], size, interpolation=cv2.INTER_CUBIC)
+    return made[(top - first) * scale : (bottom - first) * scale]
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and mirror by the EXIF orientation, 1 to 8; any other value leaves the image as it is."""
+    if orientation in (2, 4, 5, 7):
+        image = image[:, ::-1]
+    turns = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)
+    return np.ascontiguousarray(np.rot90(image, turns))
 
 
 def _said(error: Exception) -> str:

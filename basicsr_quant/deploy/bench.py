@@ -19,7 +19,7 @@ from ..errors import QuantError
 from ..network.additions import CONTAINER, key_of
 from ..network.plan import Plan
 from ..network.surgery import floating_point
-from ..network.trace import NetworkTrace
+from ..network.trace import NetworkTrace, trace
 from . import engines
 from .capture import IntegerPlan, float_graph, integer_plan
 from .onnx_file import packed_onnx, to_onnx
@@ -39,6 +39,7 @@ class Row:
         seconds: Median latency.
         file_bytes: Size of the file; None for PyTorch.
         peak_bytes: What loading and one run add to the memory of a fresh process; None for PyTorch.
+        bound: Most that int8 could gain over the engine's fp32, see :func:`amdahl`; None for other rows.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Row:
     seconds: float
     file_bytes: int | None = None
     peak_bytes: int | None = None
+    bound: float | None = None
 
 
 def has_int8_instructions() -> bool | None:
@@ -68,7 +70,7 @@ def compare(
     compiled: bool = True,
     memory: bool = True,
     report: Callable[[str], None] = lambda line: None,
-) -> tuple[list[Row], IntegerPlan]:
+) -> list[Row]:
     """Time ``net`` in PyTorch, ONNX Runtime and OpenVINO (where it is installed), FP32 and quantized.
 
     Args:
@@ -82,25 +84,29 @@ def compare(
         report: Called with lines for the screen.
 
     Returns:
-        The rows, and the plan of the file for ONNX Runtime.
+        The rows, PyTorch eager first.
     """
     shape = tuple(image.shape)
+    traced = trace(net, shape, compute=False)
+    bounds: dict[tuple[str, str], float] = {}
     branches = {f'{CONTAINER}.{key_of(t.tensor)}' for t in plan.tensors if t.kind == 'branch'}
     lowered = integer_plan(net, shape, 'onnxruntime')
+    bounds['ONNX Runtime', 'int8'] = amdahl(lowered, traced)
     with floating_point(net):
-        plain = float_graph(net, shape)
+        plain, batched = float_graph(net, shape)
     runs: dict[tuple[str, str], engines.Run] = {('PyTorch eager', 'fp32'): plain}
     if compiled:
         fast = _compiled(plain, image, report)
         runs.update({('torch.compile', 'fp32'): fast} if fast is not None else {})
     with tempfile.TemporaryDirectory() as folder:
-        files = {'fp32': _save(to_onnx(plain, shape), folder, 'fp32')}
+        files = {'fp32': _save(to_onnx(plain, shape, batched=batched), folder, 'fp32')}
         files['int8'] = _save(packed_onnx(lowered), folder, 'int8')
         where: dict[tuple[str, str], tuple[Path, str | None]] = {
             ('ONNX Runtime', 'fp32'): (files['fp32'], None), ('ONNX Runtime', 'int8'): (files['int8'], None),
         }  # fmt: skip
         if _has_openvino():
             placed = integer_plan(net, shape, 'openvino', leave_out=lambda name: name in branches)
+            bounds['OpenVINO', 'int8'] = amdahl(placed, traced)
             files['openvino'] = _save(packed_onnx(placed), folder, 'openvino')
             where[('OpenVINO', 'fp32')] = (files['fp32'], 'f32')
             where[('OpenVINO', 'bf16')] = (files['fp32'], 'bf16')
@@ -121,32 +127,33 @@ def compare(
                 engine = 'openvino' if key[0] == 'OpenVINO' else 'onnxruntime'
                 size = file.stat().st_size
                 peak = _peak(file, engine, precision, shape, threads) if memory else None
-            rows.append(Row(*key, statistics.median(values), size, peak))
-    return rows, lowered
+            rows.append(Row(*key, statistics.median(values), size, peak, bounds.get(key)))
+    return rows
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
     """Header and cells: latency as ratios to PyTorch eager and to the same engine's fp32."""
     eager = rows[0].seconds
     own = {row.name: row.seconds for row in rows if row.number == 'fp32'}
-    header = ['engine', 'numbers', 'x PyTorch eager', "x the engine's fp32", 'ms (median)', 'file bytes', 'peak MiB']
+    header = ['engine', 'numbers', 'x PyTorch eager', "x the engine's fp32", 'at most', 'ms (median)', 'file bytes',
+              'peak MiB']  # fmt: skip
     return header, [
         [
             row.name, row.number, f'{eager / row.seconds:.2f}x', f'{own[row.name] / row.seconds:.2f}x',
-            f'{1000 * row.seconds:.1f}', row.file_bytes,
+            None if row.bound is None else f'{row.bound:.2f}x', f'{1000 * row.seconds:.1f}', row.file_bytes,
             None if row.peak_bytes is None else round(row.peak_bytes / 2**20),
         ]
         for row in rows
     ]  # fmt: skip
 
 
-def amdahl(plan: IntegerPlan, traced: NetworkTrace) -> tuple[float, float]:
-    """Share of multiply-accumulates that run in integers, and the speed-up that this share allows at most:
+def amdahl(plan: IntegerPlan, traced: NetworkTrace) -> float:
+    """Most that integers can gain, with the share of multiply-accumulates that run in them (Amdahl):
     1 / ((1 - share) + share / 4)."""
     integer = {node.layer for node in plan.nodes if node.integer and node.layer}
     done = sum(layer.macs for layer in traced.layers if layer.name in integer)
     share = done / traced.macs if traced.macs else 0.0
-    return share, 1 / ((1 - share) + share / GAIN)
+    return 1 / ((1 - share) + share / GAIN)
 
 
 def _in_turn(

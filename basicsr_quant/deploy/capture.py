@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +21,8 @@ from .operators import ACTIVATION, CONSTANT
 
 LARGEST = 8192
 """Largest height and width in pixels that the file promises to take."""
+MOST_IMAGES = 256
+"""Largest batch, where it is free."""
 
 
 class _Activation(nn.Module):
@@ -58,6 +61,7 @@ class IntegerPlan:
         nodes: Every convolution, matrix product and addition, and whether it runs in integers.
         shape: An input shape that it runs on.
         dynamic: Whether height and width may change.
+        batched: Whether the batch may, too.
     """
 
     graph: fx.GraphModule
@@ -68,6 +72,7 @@ class IntegerPlan:
     shape: tuple[int, ...]
     dynamic: bool
     left_out: list[str] = field(default_factory=list)
+    batched: bool = False
 
     @property
     def realigned(self) -> list[str]:
@@ -86,7 +91,7 @@ def integer_plan(
         net: A network after :func:`basicsr_quant.methods.quantize`, with ranges, on any device.
         shape: An input shape (1, C, H, W) that it takes.
         engine: One of :data:`.grids.ENGINES`.
-        dynamic: Export height and width as free dimensions.
+        dynamic: Export height and width, and the batch where the network allows it, as free dimensions.
         leave_out: Names of quantizers that the engine would not execute.
 
     Raises:
@@ -116,32 +121,41 @@ def integer_plan(
         setattr(twin.get_submodule(parent), child, known[id(module)])
     if not weights and not activations:
         raise QuantError('this network has no quantized layer; `basicsr export` wants a quantized checkpoint')
-    graph = _export(twin, shape, dynamic)
+    graph, batched = _export(twin, shape, dynamic)
     nodes = lowering.lower(graph, engine)
-    return IntegerPlan(graph, engine, activations, weights, nodes, shape, dynamic, left_out)
+    return IntegerPlan(graph, engine, activations, weights, nodes, shape, dynamic, left_out, batched)
 
 
-def float_graph(net: nn.Module, shape: tuple[int, ...], dynamic: bool = True) -> fx.GraphModule:
-    """The graph of a network in floating point, for comparisons."""
+def float_graph(net: nn.Module, shape: tuple[int, ...], dynamic: bool = True) -> tuple[fx.GraphModule, bool]:
+    """The graph of a network in floating point, for comparisons, and whether its batch is free."""
     return _export(copy.deepcopy(net).cpu().float().eval(), shape, dynamic)
 
 
-def _export(net: nn.Module, shape: tuple[int, ...], dynamic: bool) -> fx.GraphModule:
-    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+def free_sizes(batched: bool) -> dict[int, Any]:
+    """Dimensions of the input that a file leaves open, as torch's exporter takes them."""
     dims = {2: torch.export.Dim('height', min=2, max=LARGEST), 3: torch.export.Dim('width', min=2, max=LARGEST)}
+    return {0: torch.export.Dim('batch', min=1, max=MOST_IMAGES), **dims} if batched else dims
+
+
+def _export(net: nn.Module, shape: tuple[int, ...], dynamic: bool) -> tuple[fx.GraphModule, bool]:
+    """Height, width and batch free; height and width where a network's own code fixes the batch; or nothing."""
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter('ignore')
-            program = torch.export.export(net, (image,), dynamic_shapes=(dims,) if dynamic else None, strict=False)
-            exported = program.run_decompositions({}).module(check_guards=False)
-    except Exception as error:  # anything may go wrong in a forward that was not written for tracing
-        said = ' '.join(str(error).split())[:200]
-        hint = '; a file for one size of image may do: --size HEIGHT WIDTH' if dynamic else ''
-        raise QuantError(
-            f'{type(net).__name__} cannot be exported by torch: {type(error).__name__}: {said}{hint}'
-        ) from None
-    graph = fx.GraphModule(exported, exported.graph)  # an ordinary module again, which has a mode
-    lowering.drop_no_ops(graph)
-    return graph.eval()
+    attempts = ((True, True), (True, False)) if dynamic else ((False, False),)
+    for free, batched in attempts:
+        image = torch.rand((2 if batched else 1, *shape[1:]), generator=torch.Generator().manual_seed(0))
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter('ignore')
+                dims = (free_sizes(batched),) if free else None
+                program = torch.export.export(net, (image,), dynamic_shapes=dims, strict=False)
+                exported = program.run_decompositions({}).module(check_guards=False)
+        except Exception as error:  # anything may go wrong in a forward that was not written for tracing
+            failure = error
+            continue
+        graph = fx.GraphModule(exported, exported.graph)  # an ordinary module again, which has a mode
+        lowering.drop_no_ops(graph)
+        return graph.eval(), batched
+    said = ' '.join(str(failure).split())[:200]
+    hint = '; a file for one size of image may do: --size HEIGHT WIDTH' if dynamic else ''
+    raise QuantError(f'{type(net).__name__} cannot be exported by torch: {type(failure).__name__}: {said}{hint}')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,29 @@ from .onnx_file import need
 
 Run = Callable[[Tensor], Tensor]
 """A network behind an engine: (N, C, H, W) float32 in, the same out."""
+
+
+class Runner:
+    """A network behind an engine.
+
+    Args:
+        engine: Its name.
+        compute: (N, C, H, W) in, the same out.
+        shape: Of the input, None where a side is free.
+
+    Raises:
+        QuantError: in a call, if the engine fails.
+    """
+
+    def __init__(self, engine: str, compute: Callable[[np.ndarray], np.ndarray], shape: Sequence[int | None]) -> None:
+        self.engine, self.compute, self.shape = engine, compute, tuple(shape)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(self.compute(np.ascontiguousarray(image.numpy())))
+        except Exception as error:  # out of memory, an input that the file does not take ...
+            shape = 'x'.join(map(str, image.shape))
+            raise QuantError(f'{self.engine} fails on an input of {shape}: {_first_line(error)}') from None
 
 
 def onnxruntime_session(model: Any, *, threads: int | None = None, optimized: str | None = None) -> Any:
@@ -45,15 +68,15 @@ def onnxruntime_session(model: Any, *, threads: int | None = None, optimized: st
         raise QuantError(f'ONNX Runtime refuses {_called(model)}: {_first_line(error)}') from None
 
 
-def onnxruntime_runner(model: Any, *, threads: int | None = None) -> Run:
+def onnxruntime_runner(model: Any, *, threads: int | None = None) -> Runner:
     """A function that runs a file in ONNX Runtime."""
     session = onnxruntime_session(model, threads=threads)
-    name = session.get_inputs()[0].name
+    first = session.get_inputs()[0]
 
-    def run(image: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: np.ascontiguousarray(image.numpy())})[0])
+    def compute(image: np.ndarray) -> np.ndarray:
+        return session.run(None, {first.name: image})[0]  # type: ignore[no-any-return]
 
-    return run
+    return Runner('ONNX Runtime', compute, [side if isinstance(side, int) else None for side in first.shape])
 
 
 def openvino_compiled(model: Any, *, precision: str | None = 'f32', threads: int | None = None) -> Any:
@@ -86,14 +109,15 @@ def openvino_compiled(model: Any, *, precision: str | None = 'f32', threads: int
         raise QuantError(f'OpenVINO refuses {_called(model)}: {_first_line(error)}') from None
 
 
-def openvino_runner(model: Any, *, precision: str | None = 'f32', threads: int | None = None) -> Run:
+def openvino_runner(model: Any, *, precision: str | None = 'f32', threads: int | None = None) -> Runner:
     """A function that runs a file in OpenVINO."""
     compiled = openvino_compiled(model, precision=precision, threads=threads)
 
-    def run(image: Tensor) -> Tensor:
-        return torch.from_numpy(compiled(np.ascontiguousarray(image.numpy()))[0].copy())
+    def compute(image: np.ndarray) -> np.ndarray:
+        return compiled(image)[0].copy()  # type: ignore[no-any-return]
 
-    return run
+    sides = compiled.input(0).get_partial_shape()
+    return Runner('OpenVINO', compute, [side.get_length() if side.is_static else None for side in sides])
 
 
 def _called(model: Any) -> str:

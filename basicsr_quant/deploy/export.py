@@ -19,7 +19,8 @@ from ..network.plan import FLOAT_BITS, Plan
 from ..version import __version__
 from . import checker
 from .capture import IntegerPlan, integer_plan
-from .onnx_file import OPSET, check_opset, need, packed_onnx, write_bytes
+from .files import check_writable, write_bytes
+from .onnx_file import OPSET, check_opset, need, packed_onnx
 from .parity import Parity, ParityImage, measure
 
 SUFFIXES = ('.onnx', '.xml')
@@ -48,12 +49,7 @@ def check_target(path: str, engine: str) -> None:
         raise QuantError(f'-o {path}: OpenVINO files are made with --engine openvino; {engine} reads .onnx')
     if target.is_dir():
         raise QuantError(f'-o {path} is a folder; give the name of a file')
-    there = next(folder for folder in (target.absolute().parent, *target.absolute().parents) if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise QuantError(f'-o {path}: {there} cannot be written: {error.strerror}') from None
+    check_writable(target.parent, f'-o {path}')
 
 
 def export(

@@ -6,10 +6,8 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from torch import fx
 
 from ..errors import QuantError
-from .capture import LARGEST, IntegerPlan
+from .capture import IntegerPlan, free_sizes
 from .operators import ACTIVATION, CONSTANT, INTEGERS, WHOLE
 
 OPSET = 21
@@ -54,22 +52,24 @@ def check_opset(opset: int, engine: str) -> None:
         )
 
 
-def to_onnx(graph: fx.GraphModule, shape: tuple[int, ...], *, dynamic: bool = True, opset: int = OPSET) -> Any:
+def to_onnx(
+    graph: fx.GraphModule, shape: tuple[int, ...], *, dynamic: bool = True, batched: bool = False, opset: int = OPSET
+) -> Any:
     """Translate a graph of aten operators and those of :mod:`.operators` into an ``onnx.ModelProto``.
 
-    Input and output are called ``input`` and ``output``, shape (1, C, H, W), float32.
+    Input and output are called ``input`` and ``output``, shape (N, C, H, W), float32; N is 1 where it is not free.
 
     Raises:
         QuantError: if an operator of the network has no translation.
     """
     need('onnx', 'onnxscript')
-    image = torch.rand(shape)
-    dims = {2: torch.export.Dim('height', min=2, max=LARGEST), 3: torch.export.Dim('width', min=2, max=LARGEST)}
+    image = torch.rand((2 if batched else 1, *shape[1:]))
+    dims = (free_sizes(batched),) if dynamic else None
     try:
         with _quiet():
             program = torch.onnx.export(
                 graph, (image,), dynamo=True, opset_version=opset, verbose=False, external_data=False,
-                input_names=['input'], output_names=['output'], dynamic_shapes=(dims,) if dynamic else None,
+                input_names=['input'], output_names=['output'], dynamic_shapes=dims,
                 custom_translation_table=_translations(),
             )
     except Exception as error:
@@ -86,34 +86,12 @@ def packed_onnx(plan: IntegerPlan, opset: int = OPSET) -> Any:
     Raises:
         QuantError: if it cannot be translated.
     """
-    model = to_onnx(plan.graph, plan.shape, dynamic=plan.dynamic, opset=opset)
+    model = to_onnx(plan.graph, plan.shape, dynamic=plan.dynamic, batched=plan.batched, opset=opset)
     _pack(model, plan)
     import onnx
 
     onnx.checker.check_model(model)
     return model
-
-
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        QuantError: if the folder cannot be written or the disk is full.
-    """
-    target = Path(path)
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise QuantError(f'{target} cannot be written: {error.strerror or error}') from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _translations() -> dict[Any, Any]:
