@@ -10,9 +10,9 @@ from torch import nn
 
 from .errors import QuantError, nearest
 from .methods import METHODS, method_of, settings_of
-from .network.additions import tensors_of
 from .network.equalization import equalizable
 from .network.folding import foldable
+from .network.integer_tensors import tensors_of
 from .network.plan import FLOAT_BITS, Plan
 from .network.planning import LayerRule, PlanRequest, make_plan
 from .network.trace import NetworkTrace

@@ -13,7 +13,7 @@ from torch import nn
 from basicsr_quant.config import read_config
 from basicsr_quant.errors import QuantError
 from basicsr_quant.methods import METHODS, method_of, quantize
-from basicsr_quant.network.additions import tensors_of
+from basicsr_quant.network.integer_tensors import tensors_of
 from basicsr_quant.network.plan import Plan
 from basicsr_quant.network.surgery import floating_point, quantizers
 from basicsr_quant.network.trace import trace
