@@ -126,6 +126,34 @@ class Tiny(nn.Module):
         return self.last(self.body(self.first(x)))
 
 
+class Distilling(nn.Module):
+    """Splits, a concatenation, channel attention, an activation of every kind; each piece but the first goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((3, 8), (6, 8), (6, 6), (8, 2), (2, 8), (8, 8), (8, 3))
+        self.first, self.a, self.b, self.down, self.up, self.c, self.last = (
+            nn.Conv2d(c, d, 1 if (c, d) in ((8, 2), (2, 8)) else 3, padding=int((c, d) not in ((8, 2), (2, 8))))
+            for c, d in sizes
+        )
+        self.act, self.prelu = nn.LeakyReLU(0.1, inplace=True), nn.PReLU(8)
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, rest = torch.split(self.prelu(self.first(x)), [2, 6], dim=1)
+        more, rest = torch.split(self.act(self.a(rest)), [2, 6], dim=1)
+        wide = torch.cat([kept, more, nn.functional.relu(self.b(rest))[:, :4]], dim=1)
+        pooled = wide.mean((2, 3), keepdim=True)
+        wide = wide * self.gate(self.up(torch.relu(self.down(pooled + pooled.square()))))
+        return self.last(nn.functional.gelu(self.c(wide)))
+
+
+def distilling() -> Distilling:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Distilling()
+
+
 BODY = ['body.0.conv1', 'body.0.conv2', 'body.1.conv1', 'body.1.conv2']
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Block, Tiny, images, plan_of, tiny
+from helpers import Block, Tiny, distilling, images, plan_of, tiny
 from torch import nn
 
 from basicsr_quant.config import read_config
@@ -95,7 +95,56 @@ def test_a_module_that_is_called_again_makes_another_tensor_and_the_output_stays
     with torch.random.fork_rng():
         torch.manual_seed(0)
         found = [t.tensor for t in tensors(Twice(), scope='all')]
-    assert found == ['act/leaky_relu.0', 'act#1/leaky_relu.0', '/add.0']
+    assert found == ['first', 'act', 'a', 'act#1', '/add.0', 'b']
+
+
+def test_tensors_around_functions_concatenations_and_products():
+    found = [(t.tensor, t.kind, t.feeds) for t in tensors(distilling(), scope='all')]
+    assert found == [
+        ('first', 'before', ()), ('prelu', 'part', ('a',)), ('a', 'before', ()), ('act', 'part', ('b',)),
+        ('/relu.0', 'part', ()), ('/cat.0', 'part', ()), ('up', 'before', ()), ('gate', 'part', ()),
+        ('c', 'before', ()),
+    ]  # fmt: skip
+    net, block = distilling(), {'method': 'minmax', 'scope': 'all', 'skip': 'quantized'}
+    plan = read_config({**block, 'layers': {'first': 'fp', 'c': {'w_bits': 32}}}).plan(net, trace(net))
+    assert [t.tensor for t in plan.tensors] == ['prelu', 'a', 'act', '/relu.0', '/cat.0', 'up', 'gate']
+
+
+def test_a_sum_behind_which_a_relu_stands_is_quantized_once():
+    class Rectified(Block):
+        def forward(self, x):
+            return self.relu(x + self.conv2(self.relu(self.conv1(x))))
+
+    found = tensors(network(Rectified, blocks=1), scope='all')
+    assert [(t.tensor, t.kind, t.feeds) for t in found] == [
+        ('first', 'skip', ('body.0.conv1',)), ('body.0.conv2', 'branch', ()), ('body.0.relu#1', 'sum', ('last',)),
+    ]  # fmt: skip
+
+
+def test_a_batch_norm_that_is_folded_makes_no_tensor():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.norm(self.first(x))))
+
+    net = Normed().eval()
+    plan = read_config({'method': 'minmax', 'scope': 'all', 'skip': 'quantized'}).plan(net, trace(net))
+    assert [t.tensor for t in plan.tensors] == ['first'] and plan.settings['folded'] == {'norm': 'first'}
+    assert isinstance(net.norm, nn.BatchNorm2d)
+
+
+def test_functions_and_concatenations_on_grids_are_those_of_the_formula():
+    net, _ = quantized(distilling())
+    x, held = images(), net.tensor_quantizers
+    kept, rest = torch.split(held['prelu'](net.prelu(held['first'](net.first(x)))), [2, 6], dim=1)
+    more, rest = torch.split(held['act'](nn.functional.leaky_relu(held['a'](net.a(rest)), 0.1)), [2, 6], dim=1)
+    wide = held['/cat-0'](torch.cat([kept, more, held['/relu-0'](net.b(rest).relu())[:, :4]], dim=1))
+    pooled = wide.mean((2, 3), keepdim=True)
+    gate = held['gate'](held['up'](net.up(net.down(pooled + pooled.square()).relu())).sigmoid())
+    torch.testing.assert_close(net(x), net.last(nn.functional.gelu(held['c'](net.c(wide * gate)))))
 
 
 @pytest.mark.parametrize('block', [Block, Scaled, InPlace])
@@ -138,10 +187,10 @@ def test_an_error_inside_leaves_no_mode_behind():
     assert torch.equal(net(x), before)
 
 
-@pytest.mark.parametrize('block', [Block, InPlace])
+@pytest.mark.parametrize('make', [lambda: network(Block), lambda: network(InPlace), distilling])
 @pytest.mark.parametrize('method', ['minmax', 'lsq', 'pams', 'odm'])
-def test_training_reaches_every_parameter(method, block):
-    net, _ = quantized(network(block), method)
+def test_training_reaches_every_parameter(method, make):
+    net, _ = quantized(make(), method)
     net.train()
     net(images()).square().mean().backward()
     wanted = [name for name, p in net.named_parameters() if p.requires_grad and 'quantizer' not in name]

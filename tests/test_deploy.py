@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import images, tiny
+from helpers import distilling, images, tiny
 from torch import nn
 
 from basicsr_quant.config import read_config
@@ -277,6 +277,46 @@ def test_a_network_that_fixes_its_batch_still_exports_for_any_size(deployment):
     assert plan.dynamic and not plan.batched
     run = engines.onnxruntime_runner(exporting.packed_onnx(plan).SerializeToString())
     assert run.shape == (1, 3, None, None) and run(images(1, 21)).shape == (1, 3, 21, 21)
+
+
+@pytest.mark.parametrize('block', [{}, {'method': 'lsq', 'w_bits': 4, 'a_bits': 4}], ids=['8', '4'])
+def test_functions_splits_concatenations_and_products_run_in_integers(block, deployment, tmp_path):
+    """What is not ReLU stands between quantizers: every convolution but the last is an integer one."""
+    net, plan = calibrated(distilling(), skip='quantized', **block)
+    pictures = [ParityImage(str(i), images(1, size, seed=i), i) for i, size in enumerate((16, 23))]
+    done = exporting.export(
+        net, plan, str(tmp_path / 'model.onnx'), shape=SHAPE, images=pictures, source='noise',
+        psnr=lambda output, _: float(output.mean()),
+    )  # fmt: skip
+    assert done.parity.largest <= 1 and done.parity.differing <= 1e-4
+    assert done.findings[0].integer == {
+        'QLinearConv': 6, 'QLinearLeakyRelu': 1, 'QLinearConcat': 1, 'QLinearSigmoid': 1, 'QLinearMul': 1,
+    }  # fmt: skip
+    assert done.findings[0].floating == {'Conv': 1}
+
+
+@pytest.mark.parametrize('slopes, operator', [([0.25], 'leaky_relu'), ([0.2, -0.1, 1.0, 0.0], 'maximum'),
+                                              ([0.2, 1.5, 0.3, 0.1], 'prelu')])  # fmt: skip
+def test_prelu_in_the_form_that_is_fast(slopes, operator):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.PReLU(len(slopes)), nn.Conv2d(4, 3, 3, padding=1))
+    net[1].weight.data = torch.tensor(slopes)
+    net, _ = calibrated(net, skip='quantized')
+    plan = integer_plan(net, SHAPE)
+    assert operator in {str(n.target).split('.')[1] for n in plan.graph.graph.nodes if n.op == 'call_function'}
+    x = images(1, 16, seed=5)
+    torch.testing.assert_close(plan.graph(x), net(x), atol=0.01, rtol=0)
+
+
+def test_openvino_fuses_functions_into_layers(deployment, tmp_path):
+    pytest.importorskip('openvino')
+    net, plan = calibrated(distilling(), skip='quantized')
+    pictures = [ParityImage('0', images(1, 16), 0)]
+    done = exporting.export(
+        net, plan, str(tmp_path / 'model.onnx'), shape=SHAPE, images=pictures, source='noise', engine='openvino',
+        psnr=lambda output, _: float(output.mean()),
+    )  # fmt: skip
+    assert done.plan.left_out == [f'tensor_quantizers.{name}' for name in ('first', 'a', 'up', 'c')]
+    assert sum(done.findings[1].integer.values()) >= 6
 
 
 def test_weights_of_four_bits_take_half_the_bytes(deployment):

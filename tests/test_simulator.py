@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from basicsr_quant.deploy.simulator import Codes, Pair
+from basicsr_quant.deploy.operators import ACTIVATION
+from basicsr_quant.deploy.simulator import Codes, Pair, Product, Simulator
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -34,19 +35,54 @@ def scalar(value, dtype=np.float32):
     return np.array(value, dtype)
 
 
-@pytest.mark.parametrize('grids', [
+GRIDS = [
     # A sum that lies at a tie but for its last bit, as it was met in a PAMS network.
     ((0.003995344042778015, 127), (0.004011905286461115, 125), (0.0031391517259180546, 127)),
     ((0.5, 3), (0.25, 7), (1.0, 9)), ((0.3, 10), (0.1, 20), (0.4, 30)), ((1.5, 100), (0.5, 20), (2.0, 0)),
     ((0.0117, 201), (0.0093, 255), (0.0201, 128)),
-])  # fmt: skip
-def test_additions_of_all_pairs_of_codes(grids):
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('operator, held_as, widening', [('QLinearAdd', Pair, 1.0), ('QLinearMul', Product, 64.0)])
+@pytest.mark.parametrize('grids', GRIDS)
+def test_additions_and_products_of_all_pairs_of_codes(grids, operator, held_as, widening):
+    grids = (*grids[:2], (grids[2][0] * (1.0 if held_as is Pair else widening * grids[0][0]), grids[2][1]))
     constants = [('a', None)] + [(f'{n}{k}', scalar(v, t)) for n, (s, z) in zip('abc', grids)
                                  for k, v, t in (('s', s, np.float32), ('z', z, np.uint8))]
     constants.insert(3, ('b', None))
     a, b = (codes.ravel() for codes in np.meshgrid(EVERY, EVERY))
-    found = one_operator('QLinearAdd', constants, 'ab').run(None, {'a': a, 'b': b})[0]
+    found = one_operator(operator, constants, 'ab').run(None, {'a': a, 'b': b})[0]
     held = [Codes(torch.from_numpy(codes).float(), torch.tensor(scale), zero)
             for codes, (scale, zero) in zip((a, b), grids)]
-    wanted = Pair(*held).requantized(torch.tensor(grids[2][0]), grids[2][1], 0, 255)
+    wanted = held_as(*held).requantized(torch.tensor(grids[2][0]), grids[2][1], 0, 255)
     np.testing.assert_array_equal(wanted.numpy(), found)
+
+
+def graph_of(*steps):
+    """A graph that quantizes its input, applies the functions, and quantizes again behind the last one."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder('x')
+    for function, *arguments in steps:
+        x = graph.call_function(function, (x, *arguments))
+    graph.output((x,))
+    return torch.fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize('function, arguments, kind, attributes', [
+    (torch.ops.aten.leaky_relu.default, (0.05,), 'QLinearLeakyRelu', {'alpha': 0.05}),
+    (torch.ops.aten.leaky_relu.default, (-0.3,), 'QLinearLeakyRelu', {'alpha': -0.3}),
+    (torch.ops.aten.sigmoid.default, (), 'QLinearSigmoid', None),
+])  # fmt: skip
+@pytest.mark.parametrize('scale, zero, onto, origin', [(0.031, 128, 0.0157, 100), (0.2, 30, 1 / 255, 0)])
+def test_functions_of_all_codes(function, arguments, kind, attributes, scale, zero, onto, origin):
+    constants = [('a', None), ('s', scalar(scale)), ('z', scalar(zero, np.uint8)), ('t', scalar(onto)),
+                 ('o', scalar(origin, np.uint8))]
+    found = one_operator(kind, constants, 'a', attributes).run(None, {'a': EVERY})[0]
+    grid, target = (scale, zero, 0, 255, False), (onto, origin, 0, 255, False)
+    net = graph_of((ACTIVATION, *grid), (function, *arguments), (ACTIVATION, *target))
+    values = (torch.from_numpy(EVERY).float() - zero) * torch.tensor(scale)
+    simulator = Simulator(net)
+    simulator.garbage_collect_values = False
+    simulator(values)
+    codes = next(held for node, held in reversed(simulator.env.items()) if isinstance(held, Codes)).codes
+    np.testing.assert_array_equal(codes.numpy(), found)

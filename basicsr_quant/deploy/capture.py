@@ -17,6 +17,7 @@ from ..nn import weight_rows
 from ..quantizers import Quantizer
 from . import lowering
 from .grids import Grid, WeightCodes, activation_grid, weight_codes
+from .node_report import NodeReport
 from .operators import ACTIVATION, CONSTANT
 
 LARGEST = 8192
@@ -68,7 +69,7 @@ class IntegerPlan:
     engine: str
     activations: dict[str, Grid]
     weights: dict[str, WeightCodes]
-    nodes: list[lowering.NodeReport]
+    nodes: list[NodeReport]
     shape: tuple[int, ...]
     dynamic: bool
     left_out: list[str] = field(default_factory=list)

@@ -10,7 +10,8 @@ from typing import Any
 
 from . import engines
 from .capture import IntegerPlan
-from .lowering import NodeReport, aten
+from .graph import aten
+from .node_report import NodeReport
 
 _FLOAT_ARITHMETIC = ('Add', 'Sub', 'Mul', 'Div')
 _CLAMPS = (aten.clamp.default, aten.hardtanh.default, aten.relu6.default, aten.clamp_min.default)
@@ -70,9 +71,11 @@ def check_onnxruntime(plan: IntegerPlan, model: bytes | str) -> Findings:
         for node in plan.nodes:
             if node.integer and node.kind == 'conv2d' and f'node_{node.name}' not in integer:
                 found.faults.append(f'{node.layer} runs in floating point, the plan has it in integers')
-        planned = sum(node.integer for node in plan.nodes if node.kind == 'add')
-        if kinds['QLinearAdd'] < planned:
-            found.faults.append(f'{kinds["QLinearAdd"]} additions run in integers, the plan has {planned}')
+        for kind, name, words in (('add', 'QLinearAdd', 'additions'), ('mul', 'QLinearMul', 'multiplications'),
+                                  ('cat', 'QLinearConcat', 'concatenations')):  # fmt: skip
+            planned = sum(node.integer for node in plan.nodes if node.kind == kind)
+            if kinds[name] < planned:
+                found.faults.append(f'{kinds[name]} {words} run in integers, the plan has {planned}')
     found.faults += _clips(plan, graph) + _casts(graph)
     return found
 

@@ -88,10 +88,8 @@ def export(
     check_target(path, engine)
     check_opset(opset, engine)
     need('onnx', 'onnxscript', 'onnxruntime', *(('openvino',) if engine == 'openvino' else ()))
-    branches = {f'{CONTAINER}.{key_of(t.tensor)}' for t in plan.tensors if t.kind == 'branch'}
-    lowered = integer_plan(
-        net, shape, engine, dynamic=dynamic, leave_out=lambda name: engine == 'openvino' and name in branches
-    )
+    left_out = left_out_names(plan, engine)
+    lowered = integer_plan(net, shape, engine, dynamic=dynamic, leave_out=lambda name: name in left_out)
     model = packed_onnx(lowered, opset)
     content = model.SerializeToString()
     has_openvino = _installed('openvino')
@@ -109,6 +107,15 @@ def export(
     card = _card(plan, lowered, parity, findings, size, opset, dict(facts or {}))
     write_bytes(Path(path).with_suffix('.json'), (json.dumps(card, indent=2) + '\n').encode())
     return Exported(lowered, parity, findings, size)
+
+
+def left_out_names(plan: Plan, engine: str) -> set[str]:
+    """Names of the quantizers that an engine would not execute, or better does without.
+
+    OpenVINO adds the branch of a residual block, and computes the function behind a layer, within the layer.
+    """
+    kinds = ('branch', 'before') if engine == 'openvino' else ()
+    return {f'{CONTAINER}.{key_of(tensor.tensor)}' for tensor in plan.tensors if tensor.kind in kinds}
 
 
 def summary(plan: IntegerPlan, parity: Parity, findings: Sequence[checker.Findings]) -> list[str]:
@@ -131,7 +138,7 @@ def summary(plan: IntegerPlan, parity: Parity, findings: Sequence[checker.Findin
         )
     if plan.left_out:
         lines.append(
-            f'{len(plan.left_out)} quantizers before additions are left out, as {plan.engine} does not execute them; '
+            f'{len(plan.left_out)} quantizers before additions and functions are left out: {plan.engine} fuses those; '
             'the figures above are without them'
         )
     return lines + [line for found in findings for line in found.lines()]

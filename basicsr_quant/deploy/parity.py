@@ -14,7 +14,7 @@ from ..errors import QuantError
 from ..network.surgery import quantizers
 from . import engines
 from .capture import IntegerPlan
-from .lowering import aten, attribute
+from .graph import aten, attribute
 from .simulator import Simulator
 
 DIFFERING = 1e-4

@@ -2,11 +2,12 @@
 
 The graph of an :class:`~.capture.IntegerPlan` is run with its tensors held as codes wherever the plan has them so.
 Convolutions and linear layers sum int8 x uint8 products and an int32 bias exactly and requantize as ONNX Runtime does;
-additions are requantized by its formula. Everything else computes in float32 on the values of the codes.
+additions and products are requantized by its formulas. Everything else computes in float32 on the values of the codes.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
@@ -17,11 +18,8 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.nn import functional
 
-from .lowering import ADDITIONS, CONVOLUTIONS, SHUFFLES, aten
+from .graph import ADDITIONS, CONVOLUTIONS, EXACT_FLOAT32, MOVES, MULTIPLICATIONS, aten
 from .operators import ACTIVATION, CONSTANT, INTEGERS, along_first
-
-_EXACT_FLOAT32 = 2**24
-"""Below this every whole number is a float32."""
 
 
 @dataclass
@@ -80,12 +78,28 @@ class Pair:
         return torch.round(total).clamp_(low, high)
 
 
+@dataclass
+class Product:
+    """Two quantized tensors that are to be multiplied, of shapes that broadcast."""
+
+    first: Codes
+    second: Codes
+
+    def value(self) -> Tensor:
+        return self.first.value() * self.second.value()
+
+    def requantized(self, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+        a, b = self.first, self.second
+        total = (a.codes - a.zero_point) * (b.codes - b.zero_point) * (a.scale * b.scale / scale) + zero_point
+        return torch.round(total).clamp_(low, high)
+
+
 def _fused(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     """x factor + addend in float32 with one rounding: the product is exact in float64."""
     return (x.double() * factor.double() + addend.double()).float()
 
 
-Held = Union[Codes, Sums, Pair]
+Held = Union[Codes, Sums, Pair, Product]
 
 
 class Simulator(fx.Interpreter):
@@ -126,22 +140,29 @@ class Simulator(fx.Interpreter):
         first = args[0] if args else None
         if n.target in CONVOLUTIONS and isinstance(first, Codes) and isinstance(args[1], Codes):
             return _layer(n.target, *args)
-        if n.target in SHUFFLES and isinstance(first, Codes):
-            return Codes(n.target(first.codes, *args[1:]), first.scale, first.zero_point)
+        if n.target in MOVES and isinstance(first, Codes):
+            moved = n.target(first.codes, *args[1:], **kwargs)
+            if isinstance(moved, Tensor):
+                return Codes(moved, first.scale, first.zero_point)
+            return [Codes(part, first.scale, first.zero_point) for part in moved]
+        if n.target is operator.getitem:
+            return args[0][args[1]]
         if n.target is aten.relu.default and isinstance(first, Sums):
             return Sums(first.sums, first.scale, first.channel, True)
         if n.target in ADDITIONS and isinstance(first, Codes) and isinstance(args[1], Codes) and not kwargs:
             return Pair(first, args[1])
+        if n.target in MULTIPLICATIONS and isinstance(first, Codes) and isinstance(args[1], Codes):
+            return Product(first, args[1])
         return n.target(*_plain(args), **_plain(kwargs))  # type: ignore[operator]
 
 
 def _plain(tree: Any) -> Any:
-    return map_aggregate(tree, lambda leaf: leaf.value() if isinstance(leaf, (Codes, Sums, Pair)) else leaf)
+    return map_aggregate(tree, lambda leaf: leaf.value() if isinstance(leaf, (Codes, Sums, Pair, Product)) else leaf)
 
 
 def _quantize(x: Tensor | Held, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Codes:
     step = torch.tensor(scale, dtype=torch.float32)
-    if isinstance(x, (Sums, Pair)):
+    if isinstance(x, (Sums, Pair, Product)):
         return Codes(x.requantized(step, zero_point, low, high), step, zero_point)
     value = x.value() if isinstance(x, Codes) else x
     return Codes((torch.round(value / step) + zero_point).clamp_(low, high), step, zero_point)
@@ -153,7 +174,7 @@ def _layer(target: Any, x: Codes, weight: Codes, bias: Codes | Tensor | None = N
     centred = x.codes - x.zero_point
     rows = weight.codes.abs().flatten(1).sum(dim=1, dtype=torch.float64)
     bound = float(rows.max()) * 255 + (0.0 if bias is None else float(bias.codes.abs().max()))
-    dtype = torch.float32 if bound < _EXACT_FLOAT32 else torch.float64
+    dtype = torch.float32 if bound < EXACT_FLOAT32 else torch.float64
     codes = None if bias is None else bias.codes.to(dtype)
     centred, kernel = centred.to(dtype), weight.codes.to(dtype)
     if target is aten.linear.default:

@@ -49,6 +49,13 @@ class TensorQuantizers(Frames):
         return self._quantized(label, output) if label in self.keys and isinstance(output, Tensor) else None
 
 
+class _Held(nn.ModuleDict):
+    """Holds quantizers. A network that is an ``nn.Sequential`` calls it as its last step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def key_of(site: str) -> str:
     """The name of a tensor's quantizer in the container: module names may not hold dots.
 
@@ -72,7 +79,7 @@ def add_tensor_quantizers(
         make: Builds the quantizer of a tensor that shares none.
         share: False gives every tensor a quantizer of its own.
     """
-    held = nn.ModuleDict()
+    held = _Held()
     modules = dict(net.named_modules())
     for tensor in plan.tensors:
         layers = [modules[name] for name in tensor.feeds]

@@ -136,11 +136,12 @@ class _Recorder(Frames):
 
 
 def _is_residual(args: Any, kwargs: Any) -> bool:
-    """An addition of two features of one shape: no bias, no mean, no positional table."""
+    """An addition of two features of one shape: no bias, no mean, no positional table, no statistics of channels."""
     if len(args) < 2 or kwargs.get('alpha', 1) != 1 or not all(isinstance(a, Tensor) for a in args[:2]):
         return False
     first, second = args[:2]
-    return first.shape == second.shape and first.dim() >= 3 and first.is_floating_point()
+    pixels = first.shape[2:].numel() > 1 or first.dim() < 4
+    return first.shape == second.shape and first.dim() >= 3 and pixels and first.is_floating_point()
 
 
 @torch.no_grad()
@@ -151,7 +152,7 @@ def find_tensors(net: nn.Module, image: Tensor, plan: Plan) -> tuple[TensorPlan,
     mean at the end. Each tensor is quantized once, where it is made:
 
     - an addition of two features of one shape: its result and its operands (``sum``, ``skip``, ``branch``);
-    - a concatenation or a product of features: its operands, and its result where another such step takes it (``part``);
+    - a concatenation or a product of features: its operands, and its result where such a step takes it (``part``);
     - the output of a convolution in integers that goes to a function other than ReLU, or to anything else that is
       computed in floating point (``before``, or ``part`` where something else takes it too), and that function's result
       where an addition, a concatenation or a product takes it.
@@ -231,6 +232,8 @@ class _Choice:
     def _kind(self, key: int) -> str:
         made = self.made[key]
         if key in self.sums:
+            return '' if self._rectified(key) else 'sum'
+        if made.kind == 'relu' and any(self._rectified(parent) for parent in made.parents if parent in self.sums):
             return 'sum'
         if made.kind in MOVES or key in self.same:
             return ''
@@ -242,6 +245,10 @@ class _Choice:
         if made.layer == 'convolution' and (_FUNCTION in uses or _OTHER in uses):
             return 'before' if len(uses) == 1 and not self._layers_of(key) else 'part'
         return ''
+
+    def _rectified(self, key: int) -> bool:
+        """Whether a ReLU alone takes a tensor: a lower bound on the codes of its own result."""
+        return [self.made[user].kind for user in self.users.get(key, ())] == ['relu']
 
     def _use(self, user: int) -> str:
         """What a step that takes a tensor is to that tensor's grid."""

@@ -119,13 +119,16 @@ def _changes(trace: NetworkTrace, plan: Plan) -> list[str]:
 
 def _tensors(plan: Plan) -> list[str]:
     """Tensors that are quantized where they are made, one line for each kind."""
-    kinds = {'sum': 'results of additions', 'skip': 'operands that layers take too', 'branch': 'other operands'}
+    kinds = {
+        'sum': 'results of additions', 'skip': 'operands that other steps take too', 'branch': 'other operands',
+        'before': 'outputs of layers before functions', 'part': 'parts of concatenations and products',
+    }  # fmt: skip
     lines = []
     for kind, words in kinds.items():
         names = [tensor.tensor for tensor in plan.tensors if tensor.kind == kind]
         if names:
             lines.append(f'  {words}: {", ".join(map(span, by_pattern(names)))}')
-    return [f'{len(plan.tensors)} tensors around additions at {plan.tensors[0].bits} bits:', *lines] if lines else []
+    return [f'{len(plan.tensors)} tensors between layers at {plan.tensors[0].bits} bits:', *lines] if lines else []
 
 
 def _floating(layers: Sequence[LayerPlan]) -> list[str]:
