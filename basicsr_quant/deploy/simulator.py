@@ -140,7 +140,7 @@ class Simulator(fx.Interpreter):
         first = args[0] if args else None
         if n.target in CONVOLUTIONS and isinstance(first, Codes) and isinstance(args[1], Codes):
             return _layer(n.target, *args)
-        if n.target in MOVES and isinstance(first, Codes):
+        if n.target in MOVES and isinstance(first, Codes) and not first.scale.dim():
             moved = n.target(first.codes, *args[1:], **kwargs)
             if isinstance(moved, Tensor):
                 return Codes(moved, first.scale, first.zero_point)
