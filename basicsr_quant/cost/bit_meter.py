@@ -51,11 +51,16 @@ class BitMeter:
         self._macs = counted_layers(sized, plan)
         self._passes: list[dict[str, float]] = []
         self._images: list[dict[str, float]] = []
+        self._products: dict[str, list[tuple[float, float]]] = {}
         self._handle = net.register_forward_hook(self._after_pass)
 
     def _after_pass(self, net: nn.Module, inputs: Any, output: Any) -> None:
         bits: Mapping[str, Tensor] = net._quant_context.bits  # type: ignore[assignment, union-attr]
         self._passes.append({name: float(found.detach().mean()) for name, found in bits.items()})
+        weights: Mapping[str, Tensor] = net._quant_context.weight_bits  # type: ignore[assignment, union-attr]
+        for name, found in weights.items():
+            product = float((found * bits[name].detach()).mean())
+            self._products.setdefault(name, []).append((float(found.mean()), product))
 
     def image(self) -> MeasuredBits:
         """The bits of the passes since the last call, which were of one image (or of patches of one)."""
@@ -75,11 +80,19 @@ class BitMeter:
         )
 
     def mean_bits(self) -> dict[str, tuple[float, float]]:
-        """Layer -> (w_bits, a_bits), the latter the mean over the images so far, where bits were chosen."""
+        """Layer -> (w_bits, a_bits), means over the images so far, where bits were chosen."""
         names = dict.fromkeys(name for found in self._images for name in found)
         return {
-            name: (self._weights[name], _mean([i.get(name, self._plan[name]) for i in self._images])) for name in names
+            name: (self._weight(name), _mean([i.get(name, self._plan[name]) for i in self._images])) for name in names
         }
+
+    def _weight(self, name: str) -> float:
+        found = self._products.get(name)
+        return self._weights[name] if found is None else _mean([weight for weight, _ in found])
+
+    def mean_products(self) -> dict[str, float]:
+        """Layer -> mean of w_bits x a_bits over the passes so far, where a weight followed the choice."""
+        return {name: _mean([product for _, product in found]) for name, found in self._products.items()}
 
     def close(self) -> None:
         self._handle.remove()

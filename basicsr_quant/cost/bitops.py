@@ -82,14 +82,21 @@ class Cost:
         return plain
 
 
-def cost_of(sized: SizedTrace, plan: Plan | None, bits: Mapping[str, tuple[float, float]] | None = None) -> Cost:
+def cost_of(
+    sized: SizedTrace,
+    plan: Plan | None,
+    bits: Mapping[str, tuple[float, float]] | None = None,
+    products: Mapping[str, float] | None = None,
+) -> Cost:
     """Sum up what the traced network costs under ``plan``.
 
     Args:
         sized: From :func:`basicsr_quant.cost.trace_at`; the network may be quantized already or not.
         plan: Bits of each layer; None for a network in floating point. Layers that it does not name are in floating
             point, matrix products of attention among them.
-        bits: Layer -> (w_bits, a_bits) as measured, in place of the plan's, for methods that choose bits.
+        bits: Layer -> (w_bits, a_bits) as measured, in place of the plan's, for methods that choose bits. Weights are
+            stored at the plan's bits.
+        products: Layer -> mean of w_bits x a_bits, where both were chosen together.
 
     Raises:
         ValueError: if ``bits`` names a layer that was not traced.
@@ -100,7 +107,8 @@ def cost_of(sized: SizedTrace, plan: Plan | None, bits: Mapping[str, tuple[float
     unknown = sorted(set(bits or ()) - set(traced))
     if unknown:
         raise ValueError(f'measured bits name layers that the network does not run: {", ".join(unknown)}')
-    rows = tuple(_row(layer, sized, in_force) for layer in traced.values())
+    kept = {layer.layer: layer.w_bits for layer in plan or ()}
+    rows = tuple(_row(layer, sized, in_force, kept, products or {}) for layer in traced.values())
     stored = sum(layer.weight_bytes for layer in traced.values())
     others = sized.trace.parameter_bytes - stored
     macs = sum(row.macs for row in rows)
@@ -139,18 +147,25 @@ def counted_layers(sized: SizedTrace, plan: Plan | None) -> dict[str, int]:
     return {name: sized.macs(traced[name].macs) for name in counted}
 
 
-def _row(layer: LayerTrace, sized: SizedTrace, in_force: Mapping[str, tuple[float, float]]) -> LayerCost:
+def _row(
+    layer: LayerTrace,
+    sized: SizedTrace,
+    in_force: Mapping[str, tuple[float, float]],
+    kept: Mapping[str, int],
+    products: Mapping[str, float],
+) -> LayerCost:
     w_bits, a_bits = in_force.get(layer.name, (FLOAT_BITS, FLOAT_BITS))
     macs = sized.macs(layer.macs)
-    quantized = w_bits < FLOAT_BITS and layer.weight_numel
+    stored = kept.get(layer.name, FLOAT_BITS)
+    quantized = stored < FLOAT_BITS and layer.weight_numel
     return LayerCost(
         layer=layer.name,
         type=layer.type,
         macs=macs,
         w_bits=w_bits,
         a_bits=a_bits,
-        bitops=round(macs * w_bits * a_bits),
-        weight_bytes=ceil(layer.weight_numel * w_bits / 8) if quantized else layer.weight_bytes,
+        bitops=round(macs * products.get(layer.name, w_bits * a_bits)),
+        weight_bytes=ceil(layer.weight_numel * stored / 8) if quantized else layer.weight_bytes,
     )
 
 

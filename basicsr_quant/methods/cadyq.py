@@ -14,7 +14,15 @@ from ..network.calibration import Observations, evaluating, regularizer_weight
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan, TensorPlan
 from ..network.stages import Stages
 from ..network.surgery import quant_layers
-from ..quantizers import MaxAbsWeight, NetworkMeasure, Observer, Quantizer, SelectedRange, SymmetricRange
+from ..quantizers import (
+    MaxAbsWeight,
+    NetworkMeasure,
+    Observer,
+    Quantizer,
+    SelectedRange,
+    SelectedWeight,
+    SymmetricRange,
+)
 from ..schema import option
 from .base import METHODS, Method, RangeOptions, Training
 from .extra_loss import with_loss
@@ -38,6 +46,7 @@ class CADyQOptions(RangeOptions):
             (published: false). Features are positive, of the order of 10 to 100, and rise and fall together: what all
             images have in common then moves the choice faster than what tells them apart, which takes very long to
             learn. With it, and a selector's learning rate of about 1e-2, some hundred iterations do.
+        select_weights: Give a layer's weight the bits chosen for its input, image by image; off in the publication.
     """
 
     init: str = option('ema_minmax', choices=('ema_minmax', 'minmax', 'percentile', 'mse'))
@@ -46,6 +55,7 @@ class CADyQOptions(RangeOptions):
     bit_growth: float = option(1e-6, low=0.0)
     selector_lr: float = option(1.0, low=0.0)
     normalize: bool = option(False)
+    select_weights: bool = option(False)
 
 
 @METHODS.register('cadyq')
@@ -96,6 +106,11 @@ class CADyQ(Method):
                         f'quant.a_bits: {layer.a_bits} given, but the highest of quant.cadyq.bits is '
                         f'{self.candidates[-1]}; make them equal'
                     )
+                if self.options.select_weights and layer.w_bits not in (self.candidates[-1], FLOAT_BITS):
+                    raise QuantError(
+                        f'quant.w_bits: {layer.w_bits} given, but quant.cadyq.select_weights gives weights the bits of '
+                        f'quant.cadyq.bits, at most {self.candidates[-1]}; make them equal'
+                    )
 
     @property
     def bit_limits(self) -> tuple[int, int]:
@@ -109,10 +124,13 @@ class CADyQ(Method):
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         channels: Any = getattr(module, 'in_channels', None)  # of a convolution of any kind
         if layer.has_base_bits and channels is not None:
-            return SelectedRange(self.candidates, channels, layer.layer)
+            return SelectedRange(self.candidates, channels, layer.layer, tells=self.options.select_weights)
         return SymmetricRange(layer.a_bits, zero_point='integer')
 
     def make_weight(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
+        chosen = layer.has_base_bits and layer.a_bits < FLOAT_BITS
+        if self.options.select_weights and chosen and isinstance(module, nn.Conv2d):
+            return SelectedWeight(self.candidates, layer.layer, self.per_channel)
         return MaxAbsWeight(layer.w_bits, self.per_channel)
 
     def make_tensor(self, tensor: TensorPlan) -> Quantizer:

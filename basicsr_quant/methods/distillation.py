@@ -17,6 +17,7 @@ from ..network.scope import block_names
 from ..network.surgery import quant_layers, quant_state
 from ..network.teacher import unit_rows
 from ..nn import stores_weight
+from ..quantizers import SelectedWeight
 from .extra_loss import with_loss
 
 
@@ -105,7 +106,7 @@ class Distillation:
         self._input: Tensor | None = None
         with torch.no_grad():
             for layer in quant_layers(teacher).values():
-                if stores_weight(layer):
+                if stores_weight(layer) and not isinstance(layer.weight_quantizer, SelectedWeight):
                     layer.weight.copy_(layer.quantized_weight())  # type: ignore[operator]
                     layer.weight_quantizer = nn.Identity()
         modules, theirs = dict(net.named_modules()), dict(teacher.named_modules())

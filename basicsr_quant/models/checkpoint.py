@@ -188,11 +188,13 @@ def compare_plans(file: NetworkFile, plan: Plan, net: nn.Module | None = None) -
             f'{len(folded)}; set quant.fold_bn: {"true" if theirs_folded else "false"}'
         )
     if theirs.method == plan.method:
-        found, wanted = (p.settings.get('options', {}).get('bits') for p in (theirs, plan))
-        if found is not None and wanted is not None and tuple(found) != tuple(wanted):
-            raise QuantError(
-                f'{file.path} was made with quant.{plan.method}.bits {list(found)}, the option file says {list(wanted)}'
-            )
+        for key in ('bits', 'select_weights'):
+            found, wanted = (p.settings.get('options', {}).get(key) for p in (theirs, plan))
+            found, wanted = (list(v) if isinstance(v, (list, tuple)) else v for v in (found, wanted))
+            if found is not None and wanted is not None and found != wanted:
+                raise QuantError(
+                    f'{file.path} was made with quant.{plan.method}.{key} {found}, the option file says {wanted}'
+                )
     ours = {layer.layer: layer for layer in plan.quantized}
     for layer in theirs.quantized:
         mine = ours.pop(layer.layer, None)

@@ -138,7 +138,9 @@ class Evaluation:
         self._end_bits()
         self.watch(model.get_bare_model(model.net_g))  # for a data set without images
         assert self._sized is not None and self._meter is not None
-        self.writer.cost = cost_of(self._sized, self.run['plan'], self._meter.mean_bits())
+        self.writer.cost = cost_of(
+            self._sized, self.run['plan'], self._meter.mean_bits(), self._meter.mean_products()
+        )
         patch = self.run['patch']
         if patch is not None:
             size = self._sized.input_size

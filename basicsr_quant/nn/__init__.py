@@ -1,6 +1,6 @@
 """Layers that hold quantizers."""
 
-from .qconv import QuantConv1d, QuantConv2d, QuantConv3d
+from .qconv import QuantConv1d, QuantConv2d, QuantConv3d, conv_per_sample
 from .qconv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from .qlinear import QuantLinear
 from .qproducts import QuantProducts, operands_of, quantized_products
@@ -17,6 +17,7 @@ __all__ = [
     'QuantLayer',
     'QuantLinear',
     'QuantProducts',
+    'conv_per_sample',
     'operands_of',
     'quantized_products',
     'stores_weight',

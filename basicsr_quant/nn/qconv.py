@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .quant_layer import QuantLayer
 
@@ -15,7 +18,8 @@ class _QuantConv(QuantLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)  # type: ignore
+        x = self.input_quantizer(x)  # first: it may choose the bits of the weight
+        return self._conv_forward(x, self.quantized_weight(), self.bias)  # type: ignore
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -23,8 +27,42 @@ class QuantConv1d(_QuantConv, nn.Conv1d):
 
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
-    """For inputs (N, C, H, W)."""
+    """For inputs (N, C, H, W). A weight quantizer may give each image a weight of its own, see
+    :func:`conv_per_sample`."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight.dim() == self.weight.dim():
+            return super()._conv_forward(x, weight, bias)
+        return conv_per_sample(self, x, weight, bias)
 
 
 class QuantConv3d(_QuantConv, nn.Conv3d):
     """For inputs (N, C, D, H, W)."""
+
+
+def conv_per_sample(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of ``layer`` with a weight of its own for each sample, as one grouped convolution.
+
+    Args:
+        layer: A ``Conv2d``, for its stride, padding, dilation and groups.
+        x: (N, C, H, W).
+        weight: (N, O, C / groups, k, k).
+        bias: (O,) or None.
+
+    Returns:
+        (N, O, H', W').
+    """
+    count, padding = len(x), layer.padding
+    if layer.padding_mode != 'zeros':
+        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = 0
+    out = functional.conv2d(
+        x.flatten(0, 1)[None],
+        weight.flatten(0, 1),
+        None if bias is None else bias.repeat(count),
+        layer.stride,
+        padding,
+        layer.dilation,
+        layer.groups * count,
+    )
+    return out[0].unflatten(0, (count, -1))

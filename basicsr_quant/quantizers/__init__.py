@@ -21,6 +21,7 @@ from .observers import (
 from .offset_range import OffsetRange
 from .quantizer import Quantizer, RelativeRange
 from .selected_range import SelectedRange, select
+from .selected_weight import SelectedWeight
 from .standardized import allocate_bits, channel_statistics, quantize_standardized, quantize_statistics
 from .step_tables import DISTRIBUTIONS, step_table
 from .symmetric_range import SymmetricRange
@@ -50,6 +51,7 @@ __all__ = [
     'Quantizer',
     'RelativeRange',
     'SelectedRange',
+    'SelectedWeight',
     'SymmetricRange',
     'align_zero_point',
     'allocate_bits',

@@ -27,14 +27,17 @@ class QuantContext:
     the network's input, or :meth:`read` with the name of one of the running network's ``measures``, and get the value
     computed at most once in that pass. Quantizers whose bits depend on the image leave them in ``bits``, one value for
     each image (or one for all) by the layer's name; where the choice learns, ``expected_bits`` holds their expectation
-    with its gradient; gates of bounds leave their logits in ``gates``. The context is no state: nothing in it outlives
-    the next pass, nothing is saved.
+    with its gradient, and ``choices`` the weights (N, K) of candidates, for a layer's weight that follows the choice
+    and leaves its bits in ``weight_bits``; gates of bounds leave their logits in ``gates``. The context is no state:
+    nothing in it outlives the next pass, nothing is saved.
     """
 
     def __init__(self) -> None:
         self.input: Tensor | None = None
         self.bits: dict[str, Tensor] = {}
         self.expected_bits: dict[str, Tensor] = {}
+        self.choices: dict[str, Tensor] = {}
+        self.weight_bits: dict[str, Tensor] = {}
         self.gates: dict[str, Tensor] = {}
         self.measures: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self._measured: dict[str, Tensor] = {}
@@ -44,6 +47,8 @@ class QuantContext:
         self.input = x
         self.bits = {}
         self.expected_bits = {}
+        self.choices = {}
+        self.weight_bits = {}
         self.gates = {}
         self._measured = {}
 
@@ -66,4 +71,4 @@ class QuantContext:
         return copy
 
     def __getstate__(self) -> dict[str, object]:
-        return {'input': None, 'bits': {}, 'expected_bits': {}, 'gates': {}, 'measures': {}, '_measured': {}}
+        return vars(QuantContext())

@@ -35,6 +35,7 @@ class SelectedRange(RelativeRange):
         candidates: Bits b_k, rising.
         channels: Channels of the layer's input.
         name: The layer, under which bits and expected bits (N,) of a pass stand in the context.
+        tells: Leave the choice in the context too, for a weight that follows it.
 
     State: ``alphas`` (K,), relative to ``unit``; ``selector`` (weights 1, biases 0 but 1 for the highest candidate, as
     published, so that it is the one chosen at the start); ``std_scale``, what deviations are multiplied with: 1 / c
@@ -47,9 +48,9 @@ class SelectedRange(RelativeRange):
     feature_std: Tensor
     candidate_bits: Tensor
 
-    def __init__(self, candidates: Sequence[int], channels: int, name: str = '') -> None:
+    def __init__(self, candidates: Sequence[int], channels: int, name: str = '', tells: bool = False) -> None:
         super().__init__(candidates[-1], zero_point='integer', narrow_range=True)
-        self.name, self.candidates = name, tuple(candidates)
+        self.name, self.candidates, self.tells = name, tuple(candidates), tells
         self.alphas = nn.Parameter(torch.ones(len(candidates)))
         self.selector = nn.utils.skip_init(nn.Linear, channels + 2, len(candidates))  # draws no random numbers
         nn.init.ones_(self.selector.weight)
@@ -110,6 +111,9 @@ class SelectedRange(RelativeRange):
         if self.context is not None:
             self.context.bits[self.name] = bits
             self.context.expected_bits[self.name] = p @ self.candidate_bits
+            if self.tells:
+                hard = functional.one_hot(chosen, len(self.candidates)).to(p.dtype)
+                self.context.choices[self.name] = hard + (p - p.detach())
         alphas = self.bounds(x)[1]
         alpha = per_sample(alphas[chosen], x)
         q = fake_quantize(x, -alpha, alpha, per_sample(bits, x), zero_point='integer', narrow_range=True)
