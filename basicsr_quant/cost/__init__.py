@@ -2,6 +2,7 @@
 
 from .bit_meter import BitMeter, MeasuredBits
 from .bitops import Cost, LayerCost, cost_of, counted_layers
+from .overlap import in_patches
 from .sizing import SizedTrace, trace_at
 from .total import cost
 
@@ -14,5 +15,6 @@ __all__ = [
     'cost',
     'cost_of',
     'counted_layers',
+    'in_patches',
     'trace_at',
 ]

@@ -2,7 +2,7 @@
 
 from . import adabm, auto, cadyq, cfqp, daq, ddtb, lsq, none, observed, odm, pams
 from .base import METHODS, Method, Training, method_of, quantize, settings_of
-from .calibrate import calibrate, needs_images
+from .calibrate import calibrate, copy_calibrated, needs_images
 
 __all__ = [
     'METHODS',
@@ -13,6 +13,7 @@ __all__ = [
     'cadyq',
     'calibrate',
     'cfqp',
+    'copy_calibrated',
     'daq',
     'ddtb',
     'lsq',

@@ -16,7 +16,7 @@ from ..network.calibration import Observations, evaluating, output_error
 from ..network.equalization import equalize
 from ..network.plan import Plan
 from ..network.stages import Stages
-from ..network.surgery import floating_point, quant_layers
+from ..network.surgery import floating_point, quant_layers, quant_state
 from ..network.tensor_store import TensorStore
 from .base import method_of
 
@@ -79,6 +79,19 @@ def _correct(net: nn.Module, images: Sequence[Tensor], stages: Stages) -> dict[s
     if left:
         logger.warning('Bias correction: %d layers have no bias and stay as they are: %s.', len(left), left)
     return {'kept': kept, **found}
+
+
+@torch.no_grad()
+def copy_calibrated(source: nn.Module, target: nn.Module, plan: Plan) -> None:
+    """Give an averaged copy what calibration set: the quantizers, and all of it where weights or biases changed."""
+    state = source.state_dict()
+    changed = plan.settings.get('equalized') or _corrects(plan)
+    if changed or method_of(plan).changes_weights:
+        target.load_state_dict(state)
+        return
+    prefixes = tuple(f'{name}.' for name in quant_state(source))
+    own = {k: v for k, v in state.items() if k.startswith(prefixes)}
+    target.load_state_dict(own, strict=False)
 
 
 def needs_images(plan: Plan) -> bool:

@@ -15,10 +15,12 @@ from .generator import QuantizedNetwork
 from .hooks import RangeCalibrationHook
 from .optimizer import QuantizedOptimWrapperConstructor
 from .report import QuantizationReportHook
+from .visualization import QuantizationVisualizationHook
 
 __all__ = [
     'CalibrationImages',
     'QuantizationReportHook',
+    'QuantizationVisualizationHook',
     'QuantizedEMAHook',
     'QuantizedNetwork',
     'QuantizedOptimWrapperConstructor',

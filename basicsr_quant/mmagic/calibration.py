@@ -18,6 +18,7 @@ from ..errors import QuantError
 from ..methods import calibrate as calibrate_network
 from ..methods import needs_images
 from ..network.ranks import same_on_all_ranks
+from ..network.stages import Stages
 from ..network.surgery import plan_in_force, quantizers
 from ..random_state import preserved, seeded
 from .generator import run_of
@@ -90,7 +91,9 @@ def calibrate(
     same_on_all_ranks(net.state_dict())
     run.has_ranges = True  # methods try their ranges out before they are through
     images = CalibrationImages(config, dataset, to_input, seed) if looks and dataset is not None else ()
-    seen = calibrate_network(net, run.plan, images)
+    stages = Stages()
+    seen = calibrate_network(net, run.plan, images, stages)
+    run.seconds = stages.seconds
     device = next(net.parameters()).device
     scale = torch.tensor(seen.feature_scale, dtype=torch.float64, device=device)
     same_on_all_ranks({**net.state_dict(), 'feature scale': scale})
@@ -105,3 +108,5 @@ def calibrate(
         f'{time.time() - start:.1f} s' + (f'; feature scale c = {float(scale):.4g}.' if looks else '.'),
         logger='current',
     )
+    times = ', '.join(f'{name} {seconds:.1f} s' for name, seconds in run.seconds.items())
+    print_log(f'Stages: {times or "none"}.', logger='current')

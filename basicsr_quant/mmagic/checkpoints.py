@@ -8,22 +8,33 @@ from typing import Any
 
 from torch import nn
 
-from ..models.checkpoint import compare_plans, load_state, network_file, save_network_file
+from ..models.checkpoint import (
+    adopted,
+    calibration_of,
+    compare_plans,
+    load_state,
+    network_file,
+    save_network_file,
+)
 from ..network.surgery import plan_in_force, quantizers
 from .generator import quantized_networks, run_of, the_quantized_network
 
 
-def fit_checkpoint(model: nn.Module, checkpoint: MutableMapping[str, Any], path: str) -> None:
+def fit_checkpoint(
+    model: nn.Module, checkpoint: MutableMapping[str, Any], path: str, resuming: bool = False
+) -> None:
     """Rewrite what MMEngine is about to load into ``model`` so that it fits, in place.
 
     The quantized networks take their tensors as strictly as under BasicSR: an FP32 file may lack quantizer tensors
-    only, a quantized one loads whole and its plan is compared. BasicSR's names and its entries ``params`` and
-    ``params_ema`` are understood; tensors beside the networks (discriminators) are left as they are.
+    only, a quantized one loads whole and its plan is compared; CADyQ takes one of PAMS over. BasicSR's names and its
+    entries ``params`` and ``params_ema`` are understood; tensors beside the networks (discriminators) are left as
+    they are.
 
     Args:
         model: The model, in its distributed wrapper or without.
         checkpoint: Content of the file.
-        path: Of the file, for errors.
+        path: Of the file, for errors, and as the start of a training.
+        resuming: The training goes on; it started from what the checkpoint names.
 
     Raises:
         QuantError: naming the first tensors or the layer that do not fit.
@@ -36,13 +47,15 @@ def fit_checkpoint(model: nn.Module, checkpoint: MutableMapping[str, Any], path:
         state = {key: tensor for key, tensor in state.items() if not key.startswith(f'{name}.')}
     for name, net in networks.items():
         run = run_of(net)
+        key = 'params_ema' if name.endswith('_ema') else 'params'
+        own = adopted(file, net, run.plan, key)
         if file.plan is not None:
             compare_plans(file, run.plan, net)
-            run.calibration = dict(entry.get('calibration') or {})
-        key = 'params_ema' if name.endswith('_ema') else 'params'
-        load_state(net, file, key)
+            run.calibration = calibration_of(file, net)
+        load_state(net, own, key)
         ranges = tuple(f'{quantizer}.' for quantizer in quantizers(net))
-        run.has_ranges = file.plan is not None or any(k.startswith(ranges) for k in file.state(key)[1])
+        run.has_ranges = file.plan is not None or any(k.startswith(ranges) for k in own.state(key)[1])
+        run.start = entry.get('start') if resuming else path
         if file.plan is not None and run.method.chooses_bits:
             run.plan = plan_in_force(net, run.plan)
         state.update({f'{name}.{key}': tensor for key, tensor in net.state_dict().items()})
@@ -50,9 +63,9 @@ def fit_checkpoint(model: nn.Module, checkpoint: MutableMapping[str, Any], path:
 
 
 def quant_entry(net: nn.Module) -> dict[str, Any]:
-    """What makes a checkpoint a quantized one, as plain data: the plan, and what calibration measured."""
+    """What makes a checkpoint a quantized one, as plain data: the plan, what calibration measured, where it began."""
     run = run_of(net)
-    return {'plan': run.plan.to_plain(), 'calibration': dict(run.calibration)}
+    return {'plan': run.plan.to_plain(), 'calibration': dict(run.calibration), 'start': run.start}
 
 
 def save_network(model: nn.Module, path: str) -> None:

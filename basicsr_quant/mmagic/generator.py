@@ -15,6 +15,7 @@ from ..config import QuantConfig, read_config
 from ..errors import QuantError
 from ..methods import method_of, quantize
 from ..methods.base import Method
+from ..methods.distillation import layer_weights
 from ..network.plan import Plan
 from ..network.surgery import quantizers
 from ..network.trace import trace
@@ -30,12 +31,22 @@ class QuantRun:
         plan: The plan; after calibration with the bits that the method chose.
         calibration: What calibration measured (``feature_scale``, ``images``); goes into checkpoints as plain data.
         has_ranges: Calibration has run, or a checkpoint with ranges was loaded.
+        generator: Config of the network in floating point.
+        scale: What the network enlarges images by.
+        distilled: Module -> weight of its loss, for ``quant.distill``; empty without.
+        start: File that training starts from (``load_from``), which ``distill.teacher`` may name; resuming keeps it.
+        seconds: Wall time of calibration by stage.
     """
 
     config: QuantConfig
     plan: Plan
+    generator: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scale: int = 1
+    distilled: dict[str, float] = dataclasses.field(default_factory=dict)
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
     has_ranges: bool = False
+    start: str | None = None
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -51,7 +62,8 @@ def QuantizedNetwork(generator: Mapping[str, Any], quant: Mapping[str, Any]) -> 
 
     Args:
         generator: Config of any network that takes one image tensor: EDSRNet, MSRResNet, RDNNet, SwinIRNet ...
-        quant: The block of BasicSR's option files; ``calibration.dataset`` is a data set config of MMEngine.
+        quant: The block of BasicSR's option files; ``calibration.dataset`` is a data set config of MMEngine. Whether a
+            run trains is not known here: BatchNorm stays as it is unless ``fold_bn`` asks for it.
 
     Raises:
         QuantError: for anything in ``quant`` that is not as documented, and for a network that cannot be traced.
@@ -60,8 +72,11 @@ def QuantizedNetwork(generator: Mapping[str, Any], quant: Mapping[str, Any]) -> 
     net: nn.Module = MODELS.build(generator)
     traced = trace(net)
     plan = config.plan(net, traced, training=True)
+    run = QuantRun(config, plan, plain(generator), max(traced.output_shape[-1] // traced.input_shape[-1], 1))
+    if config.distill is not None and plan.quantized:
+        run.distilled = layer_weights(net, config.distill.layer_weights(), config.distill.weight)
     quantize(net, plan)
-    net.quant_run = QuantRun(config, plan)  # type: ignore[assignment]
+    net.quant_run = run  # type: ignore[assignment]
     print_log(f'The plan: {plan_card(traced, plan)}', logger='current')
     if quantizers(net):
         net.register_forward_pre_hook(_ForgottenCalibration())

@@ -9,16 +9,22 @@ from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from ..errors import QuantError
+from ..methods import copy_calibrated
 from ..methods.base import Training
+from ..methods.distillation import Distillation
+from ..methods.extra_loss import scale_extra_losses
+from ..network.patches import Patchwise
 from ..network.surgery import quantizers
 from .calibration import calibrate, folder_of
 from .checkpoints import fit_checkpoint, quant_entry, save_network
+from .distillation import teacher_of
 from .generator import plain, quantized_networks, run_of, the_quantized_network
+from .optimizer import check_distribution, check_groups, loss_factor, wrapper_of
+from .visualization import QuantizationVisualizationHook
 
 
 @HOOKS.register_module()
@@ -43,6 +49,9 @@ class RangeCalibrationHook(Hook):
     def __init__(self, log_interval: int = 100) -> None:
         self.log_interval = log_interval
         self._training: Training | None = None
+        self._distillation: Distillation | None = None
+        self._wrapper: Any = None
+        self._whole: nn.Module | None = None
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -56,7 +65,7 @@ class RangeCalibrationHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         path = runner._load_from if isinstance(runner._load_from, str) else 'the checkpoint'
-        fit_checkpoint(runner.model, checkpoint, path)
+        fit_checkpoint(runner.model, checkpoint, path, resuming=bool(runner._resume))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint['quant'] = quant_entry(the_quantized_network(runner.model)[1])
@@ -74,6 +83,23 @@ class RangeCalibrationHook(Hook):
 
     def before_test(self, runner: Any) -> None:
         self._calibrate_for_test(runner)
+        _, net = the_quantized_network(runner.model)
+        config = run_of(net).config
+        if config.save_bits and not any(isinstance(h, QuantizationVisualizationHook) for h in runner.hooks):
+            raise QuantError(
+                'quant.save_bits: true given, but nothing draws them; add dict(type=QuantizationVisualizationHook) to '
+                'custom_hooks'
+            )
+        patch = config.patch
+        if patch is not None:
+            self._whole = net
+            _replace(runner.model, net, Patchwise(net, patch.size, patch.stride).eval())
+
+    def after_test(self, runner: Any) -> None:
+        if self._whole is not None:
+            patchwise = next(m for m in runner.model.modules() if isinstance(m, Patchwise) and m.net is self._whole)
+            _replace(runner.model, patchwise, self._whole)
+            self._whole = None
 
     def before_val(self, runner: Any) -> None:
         self._calibrate_for_test(runner)
@@ -93,33 +119,51 @@ class RangeCalibrationHook(Hook):
         calibrate(net, dataset, _to_input(runner.model), runner.seed)
         averaged = quantized_networks(runner.model).get(f'{name}_ema')
         if averaged is not None:
-            prefixes = tuple(f'{quantizer}.' for quantizer in quantizers(net))
-            ranges = {key: value for key, value in net.state_dict().items() if key.startswith(prefixes)}
-            averaged.load_state_dict(ranges, strict=False)
+            copy_calibrated(net, averaged, run_of(net).plan)
             run_of(averaged).plan, run_of(averaged).has_ranges = run_of(net).plan, True
         return True
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def before_train(self, runner: Any) -> None:
+        name, net = the_quantized_network(runner.model)
+        teacher = teacher_of(net) if self._training is None else None
         loader = runner.cfg.get('train_dataloader') or {}
         self._calibrate_if_needed(runner, plain(loader.get('dataset')) if isinstance(loader, Mapping) else None)
         if self._training is not None:  # train() called twice
             return
-        name, net = the_quantized_network(runner.model)
         run = run_of(net)
-        optimizer = _optimizer_of(runner.optim_wrapper, name)
-        _check_groups(net, optimizer)
-        _check_wrapper(runner.model, run.method.leaves_parameters_unused)
+        self._wrapper = wrapper_of(runner.optim_wrapper, name)
+        optimizer = self._wrapper.optimizer
+        check_groups(net, optimizer)
+        check_distribution(runner.model, run.method.leaves_parameters_unused)
         scale = run.config.feature_scale or run.calibration.get('feature_scale', 1.0)
         self._training = run.method.attach(net, optimizer, scale)
+        if teacher is not None and run.config.distill is not None:
+            self._distillation = Distillation(net, teacher, run.distilled, run.config.distill.loss)
+            source, loss = run.config.distill.teacher, run.config.distill.loss
+            runner.logger.info(f'Teacher: {source}, {loss} losses on {len(run.distilled)} layers.')
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        scale_extra_losses(loss_factor(self._wrapper))
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
+        scale_extra_losses(1.0)
         if self._training is not None and self.every_n_train_iters(runner, self.log_interval):
-            for key, value in self._training.log().items():
+            figures = dict(self._training.log())
+            if self._distillation is not None:
+                figures.update(self._distillation.log())
+            for key, value in figures.items():
                 runner.message_hub.update_scalar(f'train/{key}', value)
+
+
+def _replace(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
+    """Put ``other`` in the place of ``module`` within ``model``."""
+    name = next(name for name, found in model.named_modules() if found is module)
+    parent, _, child = name.rpartition('.')
+    setattr(model.get_submodule(parent), child, other)
 
 
 def _to_input(model: nn.Module) -> Any:
@@ -143,34 +187,3 @@ def _refuse_test_sets(runner: Any, dataset: Mapping[str, Any]) -> None:
                     f"quant['calibration']['dataset'] reads {folder_of(dataset)}, which is a data set of "
                     f'{kind}_dataloader'
                 )
-
-
-def _optimizer_of(wrapper: Any, name: str) -> Any:
-    if isinstance(wrapper, OptimWrapperDict):
-        if name not in wrapper:
-            have = ', '.join(wrapper)
-            raise QuantError(f"optim_wrapper has no entry '{name}', which is the quantized network; it has: {have}")
-        wrapper = wrapper[name]
-    assert isinstance(wrapper, OptimWrapper)
-    return wrapper.optimizer
-
-
-def _check_groups(net: nn.Module, optimizer: Any) -> None:
-    """Refuse an optimizer that mixes ranges and weights: the ranges' learning rate is not the network's."""
-    groups = [{'params': group['params'], 'lr': group['lr']} for group in optimizer.param_groups]
-    rate = getattr(run_of(net).method.options, 'range_lr', 1.0)
-    split = run_of(net).method.parameter_groups(net, groups, 0.0)
-    if rate != 1.0 and len(split) > len(groups):
-        raise QuantError(
-            f'the optimizer trains ranges at the learning rate of the weights, not at {rate:g} times it; set '
-            "optim_wrapper['constructor'] = 'QuantizedOptimWrapperConstructor'"
-        )
-
-
-def _check_wrapper(model: nn.Module, unused: bool) -> None:
-    for module in model.modules() if unused else ():
-        if getattr(module, 'find_unused_parameters', True) is False:
-            raise QuantError(
-                'the method leaves parameters without gradient; set model_wrapper_cfg = '
-                "dict(type='MMSeparateDistributedDataParallel', find_unused_parameters=True)"
-            )

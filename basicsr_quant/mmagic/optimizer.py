@@ -1,13 +1,15 @@
-"""Parameter groups: ranges at their own learning rate."""
+"""What training under MMEngine's optimizer wrappers needs: groups for ranges, factors of losses, and checks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mmengine.optim import DefaultOptimWrapperConstructor
+import torch
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
+from ..errors import QuantError
 from .generator import quantized_networks, run_of
 
 
@@ -43,3 +45,44 @@ def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             found['params'] += group['params']
     return merged
+
+
+def wrapper_of(wrapper: Any, name: str) -> OptimWrapper:
+    """The optimizer wrapper of the network ``name``: the only one, or the entry of that name."""
+    if isinstance(wrapper, OptimWrapperDict):
+        if name not in wrapper:
+            have = ', '.join(wrapper)
+            raise QuantError(f"optim_wrapper has no entry '{name}', which is the quantized network; it has: {have}")
+        wrapper = wrapper[name]
+    assert isinstance(wrapper, OptimWrapper)
+    return wrapper
+
+
+def loss_factor(wrapper: Any) -> float:
+    """What ``wrapper`` multiplies the next loss by: 1 / n where n passes accumulate, the scale of a gradient scaler."""
+    if wrapper is None:
+        return 1.0
+    scaler = getattr(wrapper, 'loss_scaler', None)
+    return float(wrapper.scale_loss(torch.ones(()))) * (float(scaler.get_scale()) if scaler is not None else 1.0)
+
+
+def check_groups(net: nn.Module, optimizer: Any) -> None:
+    """Refuse an optimizer that mixes ranges and weights: the ranges' learning rate is not the network's."""
+    groups = [{'params': group['params'], 'lr': group['lr']} for group in optimizer.param_groups]
+    rate = getattr(run_of(net).method.options, 'range_lr', 1.0)
+    split = run_of(net).method.parameter_groups(net, groups, 0.0)
+    if rate != 1.0 and len(split) > len(groups):
+        raise QuantError(
+            f'the optimizer trains ranges at the learning rate of the weights, not at {rate:g} times it; set '
+            "optim_wrapper['constructor'] = 'QuantizedOptimWrapperConstructor'"
+        )
+
+
+def check_distribution(model: nn.Module, unused: bool) -> None:
+    """Refuse a distributed wrapper that would wait for gradients that the method does not give."""
+    for module in model.modules() if unused else ():
+        if getattr(module, 'find_unused_parameters', True) is False:
+            raise QuantError(
+                'the method leaves parameters without gradient; set model_wrapper_cfg = '
+                "dict(type='MMSeparateDistributedDataParallel', find_unused_parameters=True)"
+            )

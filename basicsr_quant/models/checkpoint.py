@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..compat.files import atomic_save
 from ..errors import QuantError
-from ..methods import METHODS, method_of
+from ..methods import METHODS, method_of, quantize
 from ..network.clamps import FinalClamp
 from ..network.folding import fold_state, folds_of
 from ..network.plan import Plan
 from ..network.surgery import quant_state
+from ..random_state import preserved
 from . import conventions
 
 
@@ -218,14 +219,39 @@ def _output(plan: Plan) -> str:
     return f'image range [{output["low"]:g}, {output["high"]:g}] and clamps {clamps}' if output else 'no clamp'
 
 
-def adopted(file: NetworkFile, net: nn.Module, plan: Plan) -> NetworkFile:
-    """A quantized file as the network of ``plan`` loads it: where another method made it, its tensors made over."""
+def adopted(file: NetworkFile, net: nn.Module, plan: Plan, key: str | None) -> NetworkFile:
+    """A quantized file as the network of ``plan`` loads its entry ``key``: where another method made it, its tensors
+    made over, and its own names."""
     if file.plan is None or file.plan.method == plan.method:
         return file
-    method, own = method_of(plan), net.state_dict()
+    found, state = file.state(key)
+    state, _ = conventions.adapt(net, state, file.path)
     scale = float(file.calibration.get('feature_scale', 1.0))
-    states = {key: method.adopt(state, own, scale) for key, state in file.states.items()}
-    return replace(file, states=states, plan=plan)
+    return replace(file, states={found: method_of(plan).adopt(state, net.state_dict(), scale)}, plan=plan)
+
+
+def calibration_of(file: NetworkFile, net: nn.Module) -> dict[str, Any]:
+    """What the calibration of a quantized file measured, with the names of ``net``."""
+    if file.plan is None:
+        return {}
+    modules = conventions.module_names(net, file.plan, file.path)
+    return dict(conventions.translated(file.calibration, modules))
+
+
+def load_teacher(file: NetworkFile, net: nn.Module, key: str | None) -> nn.Module:
+    """Make ``net``, an FP32 network of the same architecture, the network of ``file``: quantized where that is.
+
+    Raises:
+        QuantError: if the file is of another network.
+    """
+    try:
+        if file.plan is not None:
+            with preserved():
+                quantize(net, conventions.adapt_plan(net, file.plan, file.path))
+        load_state(net, file, key or 'params')
+    except QuantError as error:
+        raise QuantError(f'quant.distill.teacher: {error}') from None
+    return net
 
 
 def save_network_file(path: str, states: Mapping[str, dict[str, Tensor]], plan: Plan, calibration: Any) -> None:

@@ -49,8 +49,11 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
         return own_names(state, path), "spandrel's architectures"
     theirs = _basicsr_names(net)
     if theirs:
-        renamed = {theirs.get(name, name): tensor for name, tensor in state.items()}
-        return (renamed, 'BasicSR') if not set(renamed) - own else (dict(state), None)
+        modules = _modules_of(theirs)
+        renamed = {theirs.get(name) or _moved(name, modules): tensor for name, tensor in state.items()}
+        # Quantizers of another method, which this one starts from, have tensors that the network does not know.
+        unknown = {name for name in renamed if '_quantizer.' not in name and not name.startswith('quant_')} - own
+        return (renamed, 'BasicSR') if not unknown else (dict(state), None)
     best: tuple[int, Convention, dict[str, str | None], list[str]] | None = None
     for convention in CONVENTIONS.get(type(net).__name__, ()):
         names, unknown = _rename(convention, state)
@@ -76,14 +79,66 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
 
 
 def adapt_plan(net: nn.Module, plan: Plan, path: str) -> Plan:
-    """Bring the layers of a file's plan to the names of ``net``, as :func:`adapt` does its tensors."""
-    modules = dict(net.named_modules())
-    layers: dict[str, Any] = {f'{layer.layer}.weight': layer for layer in plan}
-    if all(layer.layer in modules for layer in plan):
+    """Bring a file's plan to the names of ``net``, as :func:`adapt` does its tensors: layers, tensors, settings."""
+    modules = module_names(net, plan, path)
+    if not modules:
         return plan
+    layers = tuple(dataclasses.replace(layer, layer=_moved(layer.layer, modules)) for layer in plan)
+    tensors = tuple(
+        dataclasses.replace(
+            tensor, tensor=_moved(tensor.tensor, modules), feeds=tuple(_moved(name, modules) for name in tensor.feeds)
+        )
+        for tensor in plan.tensors
+    )
+    return dataclasses.replace(plan, layers=layers, tensors=tensors, settings=translated(plan.settings, modules))
+
+
+def module_names(net: nn.Module, plan: Plan, path: str) -> dict[str, str]:
+    """Modules by the names of a file's plan -> the names of ``net``; empty where the plan has those names already."""
+    modules = dict(net.named_modules())
+    if all(layer.layer in modules for layer in plan):
+        return {}
+    layers: dict[str, Any] = {f'{layer.layer}.weight': layer.layer for layer in plan}
     renamed: dict[str, Any] = adapt(net, layers, path)[0]  # tensors or not, only their names matter
-    named = (dataclasses.replace(layer, layer=name.removesuffix('.weight')) for name, layer in renamed.items())
-    return dataclasses.replace(plan, layers=tuple(named))
+    return _modules_of({f'{theirs}.weight': own for own, theirs in renamed.items()})
+
+
+def translated(value: Any, modules: Mapping[str, str]) -> Any:
+    """Plain data with module names moved: in mappings by module (whatever their depth), and in the values of those.
+
+    >>> translated({'output': {'upsample.0': 'body.1'}, 'mean': 4}, {'upsample.0': 'up', 'body': 'trunk'})
+    {'output': {'up': 'trunk.1'}, 'mean': 4}
+    """
+    if isinstance(value, Mapping):
+        by_module = bool(value) and all(isinstance(k, str) and _known(k, modules) for k in value)
+        moved = {_moved(k, modules) if by_module else k: translated(v, modules) for k, v in value.items()}
+        return {k: _moved(v, modules) if by_module and isinstance(v, str) else v for k, v in moved.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(translated(v, modules) for v in value)
+    return value
+
+
+def _modules_of(tensors: Mapping[str, str]) -> dict[str, str]:
+    """From names of tensors, theirs -> own: the names of the modules that hold them, and of those around these."""
+    found: dict[str, set[str]] = {}
+    for theirs, own in tensors.items():
+        if theirs.endswith(('.weight', '.bias')) and own.endswith(('.weight', '.bias')):
+            outer, inner = theirs.split('.')[:-1], own.split('.')[:-1]
+            found.setdefault('.'.join(outer), set()).add('.'.join(inner))
+            for depth in range(1, min(len(outer), len(inner))):
+                found.setdefault('.'.join(outer[:depth]), set()).add('.'.join(inner[:depth]))
+    return {name: next(iter(names)) for name, names in found.items() if len(names) == 1}
+
+
+def _known(name: str, modules: Mapping[str, str]) -> str | None:
+    """The longest module that a name begins with: of a tensor, or of a site in a forward (``body.0/add.1``)."""
+    ends = [len(name), *(i for i in reversed(range(len(name))) if name[i] in './')]
+    return next((name[:end] for end in ends if name[:end] in modules), None)
+
+
+def _moved(name: str, modules: Mapping[str, str]) -> str:
+    known = _known(name, modules)
+    return name if known is None else modules[known] + name[len(known) :]
 
 
 def _basicsr_names(net: nn.Module) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,19 +10,14 @@ from basicsr.metrics.psnr_ssim import calculate_psnr, calculate_ssim
 from basicsr.utils import get_root_logger, imwrite, tensor2img
 from torch import Tensor, nn
 
-from ..cost import BitMeter, SizedTrace, cost_of, trace_at
-from ..cost.bit_meter import MeasuredBits
+from ..cost import BitMeter, MeasuredBits, SizedTrace, cost_of, in_patches, trace_at
 from ..methods import method_of
-from ..network.patches import overlap_factor, spans
+from ..network.patches import spans
 from ..quantizers import complexity
 from ..report.bit_map import cells_of, draw_bit_map, draw_layer_chart, with_legend
 from ..report.patch_bits import PatchBits, layer_shares, rank_correlation, write_patch_bits
 from ..report.results import ResultWriter
 
-PATCH_NOTE = (
-    'images ran in patches of {size}x{size} every {stride} pixels, bits are means over patches; what overlapping '
-    'pixels cost twice is counted in bitops_with_overlap alone'
-)
 CORRELATION = 'bits_gradient_rank_correlation'
 
 
@@ -143,13 +137,7 @@ class Evaluation:
         )
         patch = self.run['patch']
         if patch is not None:
-            size = self._sized.input_size
-            twice = None if size is None else overlap_factor(*size, patch.size, patch.stride)
-            self.writer.cost = dataclasses.replace(
-                self.writer.cost,
-                bitops_with_overlap=None if twice is None else round(self.writer.cost.bitops * twice),
-                notes=(*self.writer.cost.notes, PATCH_NOTE.format(**dataclasses.asdict(patch))),
-            )
+            self.writer.cost = in_patches(self.writer.cost, self._sized, patch.size, patch.stride)
         folder = os.path.join(os.path.dirname(self.opt['path']['visualization']))
         self.writer.write(folder)
         get_root_logger().info('Results of %s:\n%s', self._dataset, self.writer.summary())

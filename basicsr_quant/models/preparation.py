@@ -14,7 +14,7 @@ from ..config import CalibrationConfig, QuantConfig, read_config
 from ..data.calibration import dataset_options, number_of_images
 from ..data.check import check_dataset
 from ..errors import QuantError
-from ..methods import method_of, needs_images, quantize
+from ..methods import method_of, needs_images
 from ..methods.distillation import layer_weights
 from ..network.plan import Plan
 from ..network.trace import trace
@@ -187,21 +187,8 @@ def _distill(raw: Mapping[str, Any], config: QuantConfig, net: nn.Module, plan: 
 
 
 def load_teacher(network: Mapping[str, Any], path: str, key: str | None) -> nn.Module:
-    """The network of ``path``, in floating point or quantized as the file says.
-
-    Raises:
-        QuantError: if the file is of another network.
-    """
-    file = checkpoint.read_network_file(path)
-    teacher = build_float(network)
-    if file.plan is not None:
-        with preserved():
-            teacher = quantize(teacher, file.plan)
-    try:
-        checkpoint.load_state(teacher, file, key or 'params')
-    except QuantError as error:
-        raise QuantError(f'quant.distill.teacher: {error}') from None
-    return teacher
+    """The network of ``path``, in floating point or quantized as the file says."""
+    return checkpoint.load_teacher(checkpoint.read_network_file(path), build_float(network), key)
 
 
 def _averaged(path: str, raw: Mapping[str, Any]) -> str:

@@ -18,14 +18,13 @@ from tqdm import tqdm
 
 from ..config import CalibrationConfig
 from ..data.calibration import CalibrationImages, dataset_options
-from ..methods import calibrate, method_of, needs_images
+from ..methods import calibrate, copy_calibrated, method_of, needs_images
 from ..methods.base import Training
 from ..methods.distillation import Distillation
 from ..network.patches import Patchwise
-from ..network.plan import Plan
 from ..network.ranks import same_on_all_ranks
 from ..network.stages import Stages
-from ..network.surgery import plan_in_force, quant_state, quantizers
+from ..network.surgery import plan_in_force, quantizers
 from . import checkpoint
 from .evaluation import Evaluation
 from .preparation import load_teacher
@@ -89,7 +88,7 @@ class QuantizedModelMixin:
         self._wrap = True
         self.net_g = self.model_to_device(net)
         if hasattr(self, 'net_g_ema') and (not self._loaded_quantized() or self._measures_start()):
-            _copy_calibrated(net, self.net_g_ema, self._run['plan'])
+            copy_calibrated(net, self.net_g_ema, self._run['plan'])
         scale = self._run['feature_scale'] or self._calibration.get('feature_scale', 1.0)
         self._training = self._method.attach(net, self.optimizer_g, scale)  # type: ignore[attr-defined]
         distill = self._run['distill']
@@ -184,11 +183,11 @@ class QuantizedModelMixin:
             checkpoint.compare_plans(file, self._run['plan'], bare)
             self._run['loaded_quantized'] = True
             self._run['taken_over'] = file.plan.method != self._run['plan'].method
-            self._calibration = dict(file.calibration)
+            self._calibration = checkpoint.calibration_of(file, bare)
         found, _ = file.state(param_key)
         kind = 'FP32' if file.plan is None else f'quantized ({file.plan.method})'
         logger.info('Loading %s from %s, a %s file, with param key: [%s].', type(bare).__name__, load_path, kind, found)
-        file = checkpoint.adopted(file, bare, self._run['plan'])
+        file = checkpoint.adopted(file, bare, self._run['plan'], param_key)
         named = checkpoint.load_state(bare, file, param_key, strict)
         if named is not None:
             logger.info('Its tensors have the names of %s.', named)
@@ -254,16 +253,3 @@ class QuantizedModelMixin:
 
 def _is_quantized(net: nn.Module) -> bool:
     return hasattr(net, '_quant_context')
-
-
-@torch.no_grad()
-def _copy_calibrated(source: nn.Module, target: nn.Module, plan: Plan) -> None:
-    """Give the averaged copy what calibration set: the quantizers, and all of it where weights or biases changed."""
-    state = source.state_dict()
-    changed = plan.settings.get('equalized') or plan.settings.get('bias_correction')
-    if changed or method_of(plan).changes_weights:
-        target.load_state_dict(state)
-        return
-    prefixes = tuple(f'{name}.' for name in quant_state(source))
-    own = {k: v for k, v in state.items() if k.startswith(prefixes)}
-    target.load_state_dict(own, strict=False)
