@@ -317,3 +317,39 @@ def test_every_table_is_tested() -> None:
     projects = sum(len(conventions) for conventions in CONVENTIONS.values())
     read_twice = 5  # EDSR-PyTorch's EDSR in five forms counts once, CARN's in two; MMagic's MSRResNet is refused
     assert projects == len(FILES) - 1 - read_twice + 1
+
+
+def test_names_inside_a_plan_are_translated_too() -> None:
+    """RDN of MMagic: blocks, dense layers and up-samplers all have other names, some at other depths."""
+    from basicsr_quant.models.checkpoint import NetworkFile, calibration_of
+    from basicsr_quant.models.conventions import adapt_plan
+    from basicsr_quant.network.plan import LayerPlan, Plan, TensorPlan
+
+    kind, options, _, _ = FILES['RDN of MMagic']
+    net = build(kind, **options)
+    layers = tuple(
+        LayerPlan(name, 'Conv2d', 4, 4, 'body')
+        for name in ('sfe1', 'sfe2', 'rdbs.0.layers.0.conv', 'rdbs.0.layers.1.conv', 'rdbs.0.lff', 'rdbs.1.lff', 'output')
+    )
+    settings = {
+        'zero_point': 'float', 'output': {'low': 0.0}, 'options': {'output': 'calibrated'},
+        'equalized': {'rdbs.0.layers.0.conv': 'rdbs.0.layers.1.conv', 'sfe1': 'sfe2'},
+    }  # fmt: skip
+    tensors = (TensorPlan('rdbs.0/add.0', 8, 'sum', ('rdbs.1.lff',)), TensorPlan('sfe1', 8, 'skip', ('sfe2',)))
+    plan = Plan('minmax', layers, settings, tensors)
+    own = adapt_plan(net, plan, 'file.pth')
+    assert [layer.layer for layer in own] == [
+        'conv_first', 'conv_second', 'body.0.convs.0', 'body.0.convs.1', 'body.0.fusion', 'body.1.fusion', 'conv_last',
+    ]  # fmt: skip
+    assert own.settings == {
+        'zero_point': 'float', 'output': {'low': 0.0}, 'options': {'output': 'calibrated'},
+        'equalized': {'body.0.convs.0': 'body.0.convs.1', 'conv_first': 'conv_second'},
+    }  # fmt: skip
+    assert own.tensors == (
+        TensorPlan('body.0/add.0', 8, 'sum', ('body.1.fusion',)), TensorPlan('conv_first', 8, 'skip', ('conv_second',)),
+    )  # fmt: skip
+    choices = {'layer_bits': {'rdbs.0.lff': 1, 'output': 0}, 'mean_bits': 4.5}
+    file = NetworkFile('file.pth', {}, plan, {'feature_scale': 0.5, 'choices': choices})
+    assert calibration_of(file, net) == {
+        'feature_scale': 0.5, 'choices': {'layer_bits': {'body.0.fusion': 1, 'conv_last': 0}, 'mean_bits': 4.5},
+    }  # fmt: skip

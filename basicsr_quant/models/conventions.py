@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantError
+from ..network.additions import CONTAINER
 from ..network.folding import unfolded_names
 from ..network.plan import Plan
 from .convention_tables import BASICSR_CLASSES, CONVENTIONS, Convention
@@ -41,7 +42,7 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
             differ from the network's; for one that is known to be of another network.
     """
     own = unfolded_names(net) | set(net.state_dict())
-    if not set(state) - own:
+    if _of_the_network(state) <= own:
         return dict(state), None
     if type(net).__name__ == 'Spandrel':
         from ..archs.spandrel_arch import own_names  # only here: this file is read without BasicSR too
@@ -51,9 +52,7 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
     if theirs:
         modules = _modules_of(theirs)
         renamed = {theirs.get(name) or _moved(name, modules): tensor for name, tensor in state.items()}
-        # Quantizers of another method, which this one starts from, have tensors that the network does not know.
-        unknown = {name for name in renamed if '_quantizer.' not in name and not name.startswith('quant_')} - own
-        return (renamed, 'BasicSR') if not unknown else (dict(state), None)
+        return (renamed, 'BasicSR') if _of_the_network(renamed) <= own else (dict(state), None)
     best: tuple[int, Convention, dict[str, str | None], list[str]] | None = None
     for convention in CONVENTIONS.get(type(net).__name__, ()):
         names, unknown = _rename(convention, state)
@@ -78,6 +77,11 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
     return _settle(net, renamed), convention.project
 
 
+def _of_the_network(names: Iterable[str]) -> set[str]:
+    """Without the tensors of quantizers: those of another method, which this one starts from, it does not know."""
+    return {n for n in names if '_quantizer.' not in n and not n.startswith(('quant_', f'{CONTAINER}.'))}
+
+
 def adapt_plan(net: nn.Module, plan: Plan, path: str) -> Plan:
     """Bring a file's plan to the names of ``net``, as :func:`adapt` does its tensors: layers, tensors, settings."""
     modules = module_names(net, plan, path)
@@ -90,7 +94,9 @@ def adapt_plan(net: nn.Module, plan: Plan, path: str) -> Plan:
         )
         for tensor in plan.tensors
     )
-    return dataclasses.replace(plan, layers=layers, tensors=tensors, settings=translated(plan.settings, modules))
+    # Options hold what users wrote, no layer that the plan found; one may be called as a layer is.
+    settings = {k: v if k == 'options' else translated(v, modules) for k, v in plan.settings.items()}
+    return dataclasses.replace(plan, layers=layers, tensors=tensors, settings=settings)
 
 
 def module_names(net: nn.Module, plan: Plan, path: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ _base_ = 'mmagic::edsr/edsr_x4c64b16_1xb16-300k_div2k.py'
 custom_imports = dict(imports=['basicsr_quant.mmagic'], allow_failed_imports=False)
 
 # MMagic's model zoo. FP32 and quantized files of BasicSR load too, by --cfg-options load_from=FILE
+# To go on from the latest checkpoint: --resume --cfg-options load_from=None
 load_from = 'https://download.openmmlab.com/mmediting/restorers/edsr/edsr_x4c64b16_1x16_300k_div2k_20200608-3c2af8a3.pth'
 
 model = dict(
@@ -37,5 +38,6 @@ model_wrapper_cfg = dict(
 custom_hooks = [
     dict(type='RangeCalibrationHook'),
     dict(type='QuantizationReportHook'),  # metrics.json in the work_dir of a test
+    dict(type='QuantizationVisualizationHook', interval=1000),  # ranges; with quant.save_bits the bits of each image
     dict(type='BasicVisualizationHook', interval=1),
 ]
