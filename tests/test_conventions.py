@@ -329,7 +329,9 @@ def test_names_inside_a_plan_are_translated_too() -> None:
     net = build(kind, **options)
     layers = tuple(
         LayerPlan(name, 'Conv2d', 4, 4, 'body')
-        for name in ('sfe1', 'sfe2', 'rdbs.0.layers.0.conv', 'rdbs.0.layers.1.conv', 'rdbs.0.lff', 'rdbs.1.lff', 'output')
+        for name in (
+            'sfe1', 'sfe2', 'rdbs.0.layers.0.conv', 'rdbs.0.layers.1.conv', 'rdbs.0.lff', 'rdbs.1.lff', 'output'
+        )
     )
     settings = {
         'zero_point': 'float', 'output': {'low': 0.0}, 'options': {'output': 'calibrated'},

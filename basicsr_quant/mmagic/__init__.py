@@ -9,6 +9,7 @@
 Everything that a method does comes from :mod:`basicsr_quant.methods`; nothing here knows one of them.
 """
 
+from . import messages
 from .calibration import CalibrationImages
 from .ema import QuantizedEMAHook
 from .generator import QuantizedNetwork
@@ -26,3 +27,5 @@ __all__ = [
     'QuantizedOptimWrapperConstructor',
     'RangeCalibrationHook',
 ]
+
+messages.install()

@@ -65,7 +65,7 @@ class QuantizationReportHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
     ) -> None:
         seconds = (time.time() - self._start) / max(len(outputs or ()), 1)
-        name = _name_of_dataset(runner.test_loop, batch_idx)
+        name = dataset_name(runner.test_loop, batch_idx)
         bits = self._meter.image() if self._meter is not None else None
         self._found += [_measure(name, sample, seconds, bits) for sample in outputs or ()]
 
@@ -125,7 +125,7 @@ def _mean_bits(run: QuantRun, images: Sequence[_Measured]) -> dict[str, tuple[fl
     return {name: (float(plan[name].w_bits), sum(bits) / len(bits)) for name, bits in found.items()}
 
 
-def _name_of_dataset(loop: Any, batch_idx: int) -> str:
+def dataset_name(loop: Any, batch_idx: int) -> str:
     """The evaluator's prefix (``Set5``), or what the data set calls itself, of the loader that gave a batch."""
     loaders = getattr(loop, 'dataloaders', None) or [loop.dataloader]
     evaluators = getattr(loop, 'evaluators', None) or [loop.evaluator]

@@ -14,7 +14,7 @@ from ..cost import BitMeter, trace_at
 from ..report.bit_map import bit_map
 from ..report.ranges import RangeSeen, draw_ranges, ranges_table, watch_ranges
 from .generator import run_of, the_quantized_network
-from .report import image_name, to_uint8
+from .report import dataset_name, image_name, to_uint8
 
 
 @HOOKS.register_module()
@@ -24,7 +24,7 @@ class QuantizationVisualizationHook(Hook):
     In training, at its first iteration and every ``interval``: the picture ``ranges`` of that iteration's pass (what
     the values of each layer's input and weight span, and what the range keeps of them), and the scalars
     ``ranges/<quantizer>/lower``, ``upper`` and ``sqnr``. In a test: the same of the first image, with a table in the
-    log, and for methods that choose bits the picture ``<image>_bits`` of each image: its output with the mean bits of
+    log, and for methods that choose bits the picture ``<data set>_<image>_bits`` of each image: its output with the mean bits of
     each pass over it, one pass for each patch where ``quant.patch`` cuts it.
 
     Args:
@@ -76,14 +76,15 @@ class QuantizationVisualizationHook(Hook):
             return
         bits = self._meter.image()
         outputs = outputs or ()
-        if not bits.layers or len(outputs) != 1 or outputs[0].output['pred_img'].dim() != 3:
+        if not bits.layers or len(outputs) != 1:  # a pass over several images has one mean of bits
             return
         run = run_of(the_quantized_network(runner.model)[1])
         patch = None if run.config.patch is None else (run.config.patch.size, run.config.patch.stride)
-        image = to_uint8(outputs[0].output['pred_img']).transpose(1, 2, 0)
+        image = to_uint8(outputs[0].output.get('pred_img')).transpose(1, 2, 0)
         picture = bit_map(image, bits.passes, patch, run.scale)
         if picture is not None:
-            runner.visualizer.add_image(f'{image_name(outputs[0])}_bits', picture[..., ::-1].copy(), batch_idx)
+            name = f'{dataset_name(runner.test_loop, batch_idx)}_{image_name(outputs[0])}_bits'
+            runner.visualizer.add_image(name, picture[..., ::-1].copy(), 0)
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         if self._meter is not None:

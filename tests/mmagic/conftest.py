@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import dataset, merge
 
 os.environ.setdefault('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')  # MMEngine's own checkpoints hold its log as objects
 
@@ -31,18 +32,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 cv2.imwrite(str(root / part / 'gt' / file), crop)
                 cv2.imwrite(str(root / part / 'lq' / file), half)
     return root
-
-
-def dataset(root: Path, part: str, crop: bool = False) -> dict[str, Any]:
-    load = {'type': 'LoadImageFromFile', 'color_type': 'color', 'channel_order': 'rgb', 'imdecode_backend': 'cv2'}
-    pipeline: list[dict[str, Any]] = [{**load, 'key': 'img'}, {**load, 'key': 'gt'}]
-    if crop:
-        pipeline.append({'type': 'SetValues', 'dictionary': {'scale': 2}})
-        pipeline.append({'type': 'PairedRandomCrop', 'gt_patch_size': 32})
-    return {
-        'type': 'BasicImageDataset', 'metainfo': {'dataset_type': part, 'task_name': 'sisr'}, 'data_root': str(root),
-        'data_prefix': {'img': f'{part}/lq', 'gt': f'{part}/gt'}, 'pipeline': [*pipeline, {'type': 'PackInputs'}],
-    }
 
 
 @pytest.fixture
@@ -99,9 +88,3 @@ def config(photographs: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return merge(copy.deepcopy(options), changes)
 
     return build
-
-
-def merge(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    for key, value in changes.items():
-        options[key] = merge(options[key], value) if isinstance(value, dict) and key in options else value
-    return options

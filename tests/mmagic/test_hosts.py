@@ -18,6 +18,7 @@ pytest.importorskip('mmagic.utils', reason='MMagic is not installed (make env-mm
 from mmagic.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from runs import train
 
 import basicsr_quant.mmagic  # noqa: F401
 from basicsr_quant.errors import QuantError
@@ -131,6 +132,44 @@ def test_the_configs_build(file):
     bits = 8 if 'w8a8' in file.stem else 4
     assert {(p.w_bits, p.a_bits) for p in run_of(net).plan.quantized} == {(bits, bits)}
     assert not any('upsample' in p.layer for p in run_of(net).plan.quantized)
+
+
+def lmdb_of(folder: Path, target: Path) -> None:
+    """A database as `tools/prepare_div2k.py` makes it."""
+    lmdb = pytest.importorskip('lmdb')
+    files = sorted(folder.glob('*.png'))
+    with lmdb.open(str(target), map_size=2**24) as base, base.begin(write=True) as transaction:
+        for file in files:
+            transaction.put(file.stem.encode('ascii'), file.read_bytes())
+    (target / 'meta_info.txt').write_text(''.join(f'{file.name} (24,24,3) 1\n' for file in files))
+
+
+def test_the_lmdb_config_trains_through_mmengines_file_backend(config, photographs, tmp_path):
+    options = Config.fromfile(str(OPTIONS / 'edsr_x4_w4a4_odm_lmdb.py'))
+    dataset, calibration = options.train_dataloader.dataset, options.model.generator.quant.calibration.dataset
+    assert calibration.data_prefix == dataset.data_prefix
+    for kind, folder in (('img', 'lq'), ('gt', 'gt')):
+        lmdb_of(photographs / 'train' / folder, tmp_path / dataset.data_prefix[kind])
+    for part in (dataset, calibration):
+        part.data_root = str(tmp_path)
+        for loading in part.pipeline[:2]:
+            loading.backend_args.db_path = str(tmp_path / dataset.data_prefix[loading.key])
+    for transform in dataset.pipeline:  # the pictures are for x2
+        transform.update({'SetValues': {'dictionary': {'scale': 2}}, 'PairedRandomCrop': {'gt_patch_size': 32}}.get(
+            transform.type, {}))  # fmt: skip
+    tiny = config(train_cfg={'max_iters': 2, 'val_interval': 9})
+    tiny['model']['generator']['quant'] = {**options.model.generator.quant, 'calibration': {'dataset': calibration}}
+    tiny['train_dataloader']['dataset'] = dataset
+    runner = train(tiny)
+    assert run_of(runner.model.generator).calibration['images'] == 6
+    assert all(bool(p.isfinite().all()) for p in runner.model.parameters())
+
+
+def test_a_mistake_is_one_sentence_without_a_traceback(tmp_path):
+    code = "import basicsr_quant.mmagic as m; from basicsr_quant.errors import QuantError; raise QuantError('so it is')"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == 'basicsr_quant: error: so it is'
+    assert 'Traceback' not in done.stderr
 
 
 RANK = """

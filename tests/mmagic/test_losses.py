@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from mmagic.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
-from mmengine.runner import Runner
+from runs import scalars, train
 
 from basicsr_quant.errors import QuantError
 from basicsr_quant.methods.extra_loss import scale_extra_losses, with_loss
@@ -27,20 +24,8 @@ from basicsr_quant.network.surgery import quantizers
 
 register_all_modules()
 
-EXPERIMENTS = itertools.count()
 DISTILL = {'teacher': 'start', 'loss': 'attention', 'layers': {'conv_after_body': 1000, 'body.*.conv2': 100}}
 SHORT = {'max_iters': 2, 'val_interval': 9}
-
-
-def train(options: dict[str, Any]) -> Runner:
-    runner = Runner.from_cfg(Config({**options, 'experiment_name': f'losses_{next(EXPERIMENTS)}'}))
-    runner.train()
-    return runner
-
-
-def figures(runner: Runner) -> list[dict[str, float]]:
-    files = sorted(glob.glob(f'{runner.work_dir}/*/vis_data/scalars.json'))
-    return [json.loads(line) for line in Path(files[-1]).read_text().splitlines()]
 
 
 def fp32_file(options: dict[str, Any], path: Path) -> str:
@@ -63,7 +48,7 @@ def test_cadyq_starts_from_pams_and_learns_from_it(config, tmp_path):
     runner = train(options)
     net, theirs = runner.model.generator, first.model.generator
     assert run_of(net).calibration == run_of(theirs).calibration  # taken over, not calibrated again
-    lines = [line for line in figures(runner) if 'l_distill' in line]
+    lines = [line for line in scalars(runner) if 'l_distill' in line]
     assert len(lines) == 2 and all(line['l_distill'] >= 0 and 4 <= line['bits'] <= 8 for line in lines)
     assert any(line['l_distill'] > 0 for line in lines) and any(line['l_bits'] != 0 for line in lines)
     assert int(net.quant_measures.progress.steps) == 2
@@ -94,7 +79,7 @@ def test_an_fp32_teacher(config, tmp_path):
     quant = {'method': 'pams', 'w_bits': 4, 'a_bits': 4, 'distill': {**DISTILL, 'teacher': 'fp32', 'loss': 'feature'}}
     options = config(quant, train_cfg=SHORT)
     runner = train({**options, 'load_from': fp32_file(options, tmp_path / 'fp32.pth')})
-    assert all(line['l_distill'] > 0 for line in figures(runner) if 'l_distill' in line)
+    assert all(line['l_distill'] > 0 for line in scalars(runner) if 'l_distill' in line)
     assert not any('teacher' in name for name in runner.model.state_dict())
 
 
@@ -150,4 +135,4 @@ def test_mixed_precision_trains_and_keeps_ranges_in_float32(config, amp, method)
     for quantizer in quantizers(net).values():
         for tensor in quantizer.parameters():
             assert tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
-    assert all(line['loss'] > 0 for line in figures(runner) if 'loss' in line)
+    assert all(line['loss'] > 0 for line in scalars(runner) if 'loss' in line)
