@@ -24,8 +24,8 @@ class QuantizationVisualizationHook(Hook):
     In training, at its first iteration and every ``interval``: the picture ``ranges`` of that iteration's pass (what
     the values of each layer's input and weight span, and what the range keeps of them), and the scalars
     ``ranges/<quantizer>/lower``, ``upper`` and ``sqnr``. In a test: the same of the first image, with a table in the
-    log, and for methods that choose bits the picture ``<data set>_<image>_bits`` of each image: its output with the mean bits of
-    each pass over it, one pass for each patch where ``quant.patch`` cuts it.
+    log, and for methods that choose bits the picture ``<data set>_<image>_bits`` of each image: its output with the
+    mean bits of each pass over it, one pass for each patch where ``quant.patch`` cuts it.
 
     Args:
         interval: Iterations between two pictures of a training.
