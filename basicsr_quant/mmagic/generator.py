@@ -69,6 +69,11 @@ def QuantizedNetwork(generator: Mapping[str, Any], quant: Mapping[str, Any]) -> 
         QuantError: for anything in ``quant`` that is not as documented, and for a network that cannot be traced.
     """
     config = read_config(plain(quant))
+    if config.first_stage is not None:
+        raise QuantError(
+            'quant.first_stage is given; MMEngine trains one network in a run: train the first stage by a config of '
+            "its own (method 'pams') and name its file as load_from"
+        )
     net: nn.Module = MODELS.build(generator)
     traced = trace(net)
     plan = config.plan(net, traced, training=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor
 
-from ..cost import BitMeter, MeasuredBits, SizedTrace, cost_of, trace_at
-from ..report.bit_map import PATCH_NOTE
+from ..cost import BitMeter, MeasuredBits, SizedTrace, cost_of, in_patches, trace_at
 from ..report.results import ResultWriter
 from .generator import QuantRun, run_of, the_quantized_network
 
@@ -101,8 +100,7 @@ class QuantizationReportHook(Hook):
         writer.cost = cost_of(self._sized, run.plan, _mean_bits(run, images))
         patch = run.config.patch
         if patch is not None:
-            note = PATCH_NOTE.format(size=patch.size, stride=patch.stride)
-            writer.cost = replace(writer.cost, notes=(*writer.cost.notes, note))
+            writer.cost = in_patches(writer.cost, self._sized, patch.size, patch.stride)
         writer.write(runner.work_dir)
         path = os.path.join(runner.work_dir, 'metrics.json')
         runner.logger.info(f'Results, also in {path}:\n{writer.summary()}')

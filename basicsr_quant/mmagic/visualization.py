@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +12,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from ..cost import BitMeter, trace_at
-from ..report.bit_map import bit_map
+from ..network.patches import spans
+from ..quantizers import complexity
+from ..report.bit_map import cells_of, draw_bit_map, draw_layer_chart, with_legend
+from ..report.patch_bits import PatchBits, layer_shares, write_patch_bits
 from ..report.ranges import RangeSeen, draw_ranges, ranges_table, watch_ranges
 from .generator import run_of, the_quantized_network
 from .report import dataset_name, image_name, to_uint8
@@ -24,8 +28,10 @@ class QuantizationVisualizationHook(Hook):
     In training, at its first iteration and every ``interval``: the picture ``ranges`` of that iteration's pass (what
     the values of each layer's input and weight span, and what the range keeps of them), and the scalars
     ``ranges/<quantizer>/lower``, ``upper`` and ``sqnr``. In a test: the same of the first image, with a table in the
-    log, and for methods that choose bits the picture ``<data set>_<image>_bits`` of each image: its output with the
-    mean bits of each pass over it, one pass for each patch where ``quant.patch`` cuts it.
+    log; and for methods that choose bits the picture ``<data set>_<image>_bits`` of each image (its output with the
+    mean bits of each pass over it, one pass for each patch where ``quant.patch`` cuts it), a chart of layers against
+    bits, ``<data set>_layers``, and its figures in ``bits/<data set>.csv`` of the work directory. In a distributed test
+    these are of the main process's images.
 
     Args:
         interval: Iterations between two pictures of a training.
@@ -41,6 +47,7 @@ class QuantizationVisualizationHook(Hook):
         self._seen: dict[str, RangeSeen] = {}
         self._meter: BitMeter | None = None
         self._shown = False
+        self._patches: dict[str, list[PatchBits]] = {}
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -79,17 +86,32 @@ class QuantizationVisualizationHook(Hook):
         if not bits.layers or len(outputs) != 1:  # a pass over several images has one mean of bits
             return
         run = run_of(the_quantized_network(runner.model)[1])
-        patch = None if run.config.patch is None else (run.config.patch.size, run.config.patch.stride)
-        image = to_uint8(outputs[0].output.get('pred_img')).transpose(1, 2, 0)
-        picture = bit_map(image, bits.passes, patch, run.scale)
-        if picture is not None:
-            name = f'{dataset_name(runner.test_loop, batch_idx)}_{image_name(outputs[0])}_bits'
-            runner.visualizer.add_image(name, picture[..., ::-1].copy(), 0)
+        dataset, image = dataset_name(runner.test_loop, batch_idx), image_name(outputs[0])
+        output, given = to_uint8(outputs[0].output.get('pred_img')).transpose(1, 2, 0), outputs[0].get('input')
+        patch, (height, width) = run.config.patch, given.shape[-2:]
+        sides = (height, width) if patch is None else (patch.size, patch.size)
+        stride = max(sides) if patch is None else patch.stride
+        rows, columns = (spans(side, size, stride) for side, size in zip((height, width), sides))
+        found = self._patches.setdefault(dataset, [])
+        for (top, left), chosen in zip(((a, b) for a, *_ in rows for b, *_ in columns), bits.by_pass):
+            part = given[None, :, top : top + sides[0], left : left + sides[1]].flip(1).float() / 255  # RGB in 0-1
+            place = (left, top, part.shape[-1], part.shape[-2])
+            found.append(PatchBits(image, *place, float(complexity(part).mean()), chosen))
+        few, many = run.method.bit_limits
+        picture = draw_bit_map(output, cells_of(rows, columns, bits.passes, run.scale), few, many)
+        title = f'{image}, {run.plan.method}: bits of {len(bits.passes)} passes, mean {bits.fab:.2f}'
+        _add(runner, f'{dataset}_{image}_bits', with_legend(picture, title, few, many))
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         if self._meter is not None:
             self._meter.close()
             self._meter = None
+        for dataset, patches in self._patches.items():
+            write_patch_bits(os.path.join(runner.work_dir, 'bits', f'{dataset}.csv'), patches)
+            mean = sum(p.fab for p in patches) / len(patches)
+            title = f'{dataset}: share of {len(patches)} passes, mean {mean:.2f} bits'
+            _add(runner, f'{dataset}_layers', draw_layer_chart(layer_shares(patches), title))
+        self._patches = {}
 
     # -- ranges ----------------------------------------------------------------------------------------------------
 
@@ -102,8 +124,13 @@ class QuantizationVisualizationHook(Hook):
         if not seen:
             return
         self._shown = True
-        runner.visualizer.add_image('ranges', draw_ranges(seen)[..., ::-1].copy(), step)
+        _add(runner, 'ranges', draw_ranges(seen), step)
         for name, found in seen.items():
             values = {'lower': found.lower, 'upper': found.upper, 'sqnr': found.sqnr}
             scalars = {f'ranges/{name}/{key}': value for key, value in values.items() if value is not None}
             runner.visualizer.add_scalars(scalars, step)
+
+
+def _add(runner: Any, name: str, picture: Any, step: int = 0) -> None:
+    """Give the visualizer a picture of OpenCV's channel order; it wants RGB."""
+    runner.visualizer.add_image(name, picture[..., ::-1].copy(), step)

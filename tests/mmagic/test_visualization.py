@@ -49,8 +49,11 @@ def test_bits_of_each_image_and_patch(config, calibrated, patch):
     assert any('in patches of 16x16' in note for note in found['cost']['notes']) is (patch is not None)
     assert found['calibration']['choices']['schedule'] == 'published' and found['calibration']['seconds']
     shown = pictures(runner)
-    assert {'ranges_0', 'Photos_coffee_0_bits_0', 'Photos_coffee_1_bits_0'} == set(shown)
-    assert shown['Photos_coffee_0_bits_0'].shape == (48, 48, 3)
+    assert {'ranges_0', 'Photos_coffee_0_bits_0', 'Photos_coffee_1_bits_0', 'Photos_layers_0'} == set(shown)
+    height, width, _ = shown['Photos_coffee_0_bits_0'].shape
+    assert width == 48 and height > 48  # the output, and its legend
+    rows = (Path(runner.work_dir) / 'bits/Photos.csv').read_text().splitlines()
+    assert len(rows) == 1 + 2 * (1 if patch is None else 4)
     assert type(runner.model.generator).__name__ == 'EDSRNet'  # itself again after the test
     body = [line for line in scalars(runner) if 'ranges/body.0.conv1.input_quantizer/upper' in line]
     assert len(body) == 1
