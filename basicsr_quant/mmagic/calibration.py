@@ -73,6 +73,9 @@ def calibrate(
 ) -> None:
     """Set every range of ``net`` in place by its method; afterwards the ranges are rank 0's on all ranks.
 
+    Of a network that has ranges, taken over from another method, only what that method's file does not hold is
+    measured.
+
     Args:
         net: A network of :func:`QuantizedNetwork` with its FP32 weights loaded.
         dataset: Data set config; may be None for methods that need no images.
@@ -81,7 +84,8 @@ def calibrate(
     """
     run = run_of(net)
     config = run.config.calibration or CalibrationConfig()
-    looks = needs_images(run.plan)
+    follows = run.has_ranges
+    looks = follows or needs_images(run.plan)
     if looks and dataset is None:
         raise QuantError(
             "the loaded checkpoint has no ranges and quant has no calibration data; add quant['calibration'] = "
@@ -92,6 +96,11 @@ def calibrate(
     run.has_ranges = True  # methods try their ranges out before they are through
     images = CalibrationImages(config, dataset, to_input, seed) if looks and dataset is not None else ()
     stages = Stages()
+    if follows:
+        run.method.measure_start(net, images)
+        same_on_all_ranks(net.state_dict())
+        print_log('Measured on calibration images what the start does not hold.', logger='current')
+        return
     seen = calibrate_network(net, run.plan, images, stages)
     run.seconds = stages.seconds
     device = next(net.parameters()).device

@@ -52,6 +52,7 @@ def fit_checkpoint(
         if file.plan is not None:
             compare_plans(file, run.plan, net)
             run.calibration = calibration_of(file, net)
+            run.taken_over = file.plan.method != run.plan.method
         load_state(net, own, key)
         ranges = tuple(f'{quantizer}.' for quantizer in quantizers(net))
         run.has_ranges = file.plan is not None or any(k.startswith(ranges) for k in own.state(key)[1])

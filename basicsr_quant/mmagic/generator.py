@@ -34,6 +34,7 @@ class QuantRun:
         generator: Config of the network in floating point.
         scale: What the network enlarges images by.
         distilled: Module -> weight of its loss, for ``quant.distill``; empty without.
+        taken_over: The loaded checkpoint is of another method, which this one starts from.
         start: File that training starts from (``load_from``), which ``distill.teacher`` may name; resuming keeps it.
         seconds: Wall time of calibration by stage.
     """
@@ -45,6 +46,7 @@ class QuantRun:
     distilled: dict[str, float] = dataclasses.field(default_factory=dict)
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
     has_ranges: bool = False
+    taken_over: bool = False
     start: str | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 

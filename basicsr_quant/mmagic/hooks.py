@@ -108,13 +108,14 @@ class RangeCalibrationHook(Hook):
         if self._calibrate_if_needed(runner, None):
             self._save(runner, 'calibrated')
 
-    def _calibrate_if_needed(self, runner: Any, train: Mapping[str, Any] | None) -> bool:
+    def _calibrate_if_needed(self, runner: Any, train: Mapping[str, Any] | None, training: bool = False) -> bool:
         name, net = the_quantized_network(runner.model)
-        if run_of(net).has_ranges or not quantizers(net):
+        follows = training and run_of(net).taken_over and run_of(net).method.measures_start
+        if (run_of(net).has_ranges and not follows) or not quantizers(net):
             return False
         config = run_of(net).config.calibration
         dataset = train if config is None or config.dataset is None else config.dataset
-        if dataset is not None and run_of(net).method.needs_images:
+        if dataset is not None and (follows or run_of(net).method.needs_images):
             _refuse_test_sets(runner, dataset)
         calibrate(net, dataset, _to_input(runner.model), runner.seed)
         averaged = quantized_networks(runner.model).get(f'{name}_ema')
@@ -129,7 +130,8 @@ class RangeCalibrationHook(Hook):
         name, net = the_quantized_network(runner.model)
         teacher = teacher_of(net) if self._training is None else None
         loader = runner.cfg.get('train_dataloader') or {}
-        self._calibrate_if_needed(runner, plain(loader.get('dataset')) if isinstance(loader, Mapping) else None)
+        dataset = plain(loader.get('dataset')) if isinstance(loader, Mapping) else None
+        self._calibrate_if_needed(runner, dataset, training=True)
         if self._training is not None:  # train() called twice
             return
         run = run_of(net)

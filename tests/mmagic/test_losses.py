@@ -38,10 +38,11 @@ def fp32_file(options: dict[str, Any], path: Path) -> str:
     return str(path)
 
 
-def test_cadyq_starts_from_pams_and_learns_from_it(config, tmp_path):
+@pytest.mark.parametrize('normalize', [False, True])
+def test_cadyq_starts_from_pams_and_learns_from_it(config, normalize):
     first = train(config({'method': 'pams', 'w_bits': 8, 'a_bits': 8}, train_cfg=SHORT))
     start = f'{first.work_dir}/net_g_latest.pth'
-    quant = {'method': 'cadyq', 'w_bits': 8, 'a_bits': 8, 'distill': DISTILL}
+    quant = {'method': 'cadyq', 'w_bits': 8, 'a_bits': 8, 'distill': DISTILL, 'cadyq': {'normalize': normalize}}
     options = config(quant, train_cfg={'max_iters': 2, 'val_interval': 9}, load_from=start)
     options['work_dir'] += '_2'
     options['default_hooks']['checkpoint']['interval'] = 1
@@ -52,6 +53,8 @@ def test_cadyq_starts_from_pams_and_learns_from_it(config, tmp_path):
     assert len(lines) == 2 and all(line['l_distill'] >= 0 and 4 <= line['bits'] <= 8 for line in lines)
     assert any(line['l_distill'] > 0 for line in lines) and any(line['l_bits'] != 0 for line in lines)
     assert int(net.quant_measures.progress.steps) == 2
+    measured = float((net.body[0].conv1.input_quantizer.feature_std - 1).abs().max()) > 0
+    assert measured is normalize
 
     # Resuming: the teacher is still what the training started from, not the checkpoint that it goes on with.
     options['work_dir'] += '_3'
