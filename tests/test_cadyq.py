@@ -15,7 +15,7 @@ from basicsr_quant.cost import BitMeter, trace_at
 from basicsr_quant.errors import QuantError
 from basicsr_quant.methods import method_of, quantize
 from basicsr_quant.methods.extra_loss import with_loss
-from basicsr_quant.network.additions import tensors_of
+from basicsr_quant.network.integer_tensors import tensors_of
 from basicsr_quant.network.planning import LayerRule
 from basicsr_quant.network.surgery import quant_layers
 from basicsr_quant.quantizers import MaxAbsWeight, SelectedRange, SymmetricRange
