@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--rounds', type=int, default=5, help='with --deploy: rounds (default: 5)')
     parser.add_argument('--checkpoint', metavar='FILE', help='with --deploy: a quantized checkpoint (default: ranges '
                         'from noise, which takes the same time)')
+    parser.add_argument('--files', nargs='+', metavar='PATH', help='exported files, or folders of them, on the test '
+                        'sets beside the network in PyTorch: PSNR, seconds, bits')
+    parser.add_argument('--engine', choices=('onnxruntime', 'openvino'), help='with --files: runs .onnx files')
     parser.add_argument('--memory-of', help=argparse.SUPPRESS)
 
 
@@ -47,6 +50,9 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     if args.calibration is not None:
         _calibration(raw, args)
+        return
+    if args.files:
+        _files(raw, args)
         return
     if args.deploy:
         _deploy(raw, args)
@@ -144,6 +150,44 @@ def _deploy(raw: dict[str, Any], args: argparse.Namespace) -> None:
           f'{threads} threads, medians of {args.rounds} rounds in turn')  # fmt: skip
     print(markdown(*bench.table(rows)))
     print(f"at most: by the share of MACs that run in integers, at {bench.GAIN:g}x for those (Amdahl's law)")
+
+
+def _files(raw: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print PSNR, time and bits of exported files on the test sets."""
+    from pathlib import Path
+
+    from ..config import read_config
+    from ..cost import BitMeter, trace_at
+    from ..deploy import compare_files, family_files
+    from ..deploy.loading import load_file
+    from ..deploy.router import Router
+    from ..models.deployment import load_quantized, psnr_of, test_sets
+    from ..report.tables import markdown
+
+    missing = [path for path in args.files if not Path(path).exists()]
+    if missing or args.rounds < 1:
+        raise QuantError(f'--files {missing[0]} does not exist' if missing else f'--rounds {args.rounds}: at least 1')
+    net, plan, checkpoint = load_quantized(raw, args.checkpoint, os.getcwd())
+    patch = read_config(raw['quant']).patch
+    cut = None if patch is None else (patch.size, patch.stride)
+    meter = BitMeter(net, plan, trace_at(net, scale=raw.get('scale', 1)))
+    runs: dict[str, Any] = {'basicsr test': net}
+    bits: dict[str, Any] = {'basicsr test': lambda: meter.image().fab}
+    for path in args.files:
+        there = Path(path)
+        load = family_files.load_family if there.is_dir() else load_file
+        loaded = load(there, args.engine, args.threads)
+        runs[path] = run = loaded.run
+        if isinstance(run, Router):
+            bits[path] = compare_files.bits_of_router(run)
+    rows = compare_files.compare_files(
+        {name: family_files.in_patches(run, cut) for name, run in runs.items()}, test_sets(raw),
+        psnr_of(raw.get('scale', 1)), bits, args.rounds,
+    )  # fmt: skip
+    cutting = 'whole images' if cut is None else f'patches of {cut[0]} every {cut[1]} pixels'
+    print(f'basicsr bench -opt {args.opt} --files: {checkpoint}, {cutting}, {args.threads or "default"} threads, '
+          f'{args.rounds} rounds in turn')  # fmt: skip
+    print(markdown(*compare_files.table(rows)))
 
 
 def _network(raw: dict[str, Any]) -> Any:

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('-i', '--input', required=True, metavar='PATH', help='an image, or a folder of images')
     parser.add_argument('-o', '--output', required=True, metavar='PATH',
                         help='a folder, made where it is missing; or NAME.png for one image. Files are PNG')
-    parser.add_argument('-m', '--model', required=True, metavar='FILE', help='model.onnx, .xml or, with -opt, .pth')
+    parser.add_argument('-m', '--model', required=True, metavar='PATH', help='model.onnx, .xml, a folder that '
+                        '`basicsr export` made of adaptive bits or, with -opt, .pth')
     parser.add_argument('-opt', metavar='FILE', help='option file of a .pth, which says what network it is of')
     parser.add_argument('--engine', choices=('onnxruntime', 'openvino'), help='runs a .onnx (default: onnxruntime)')
     parser.add_argument('--tile', type=int, help=f'largest side of a tile in pixels of the input (default: {_TILE})')
@@ -85,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     whole = time.perf_counter() - begin
     share = f', {100 * clock.seconds / whole:.0f} % of it in the engine' if whole > 0 else ''
     print(f'{len(pending) - len(failed)} images in {whole:.1f} s{share}')
+    if network.summary is not None:
+        print(network.summary())
     if failed:
         more = f' ({len(failed)} images failed)' if len(failed) > 1 else ''
         raise QuantError(failed[0] + more)
@@ -151,9 +154,12 @@ def _targets(found: list[Path], args: argparse.Namespace) -> list[tuple[Path, Pa
 
 def _network(args: argparse.Namespace) -> Any:
     """The network that ``-m`` names, as :class:`~basicsr_quant.deploy.loading.Loaded`."""
+    from ..deploy.family_files import load_family
     from ..deploy.loading import load_file
 
     path = Path(args.model)
+    if path.is_dir():
+        return load_family(path, args.engine, args.threads)
     if not path.is_file():
         raise QuantError(f'-m {args.model} does not exist')
     if path.suffix == '.pth':

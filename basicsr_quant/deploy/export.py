@@ -187,7 +187,7 @@ def _card(
         'parity': parity.to_plain(),
         'nodes': {found.engine: {'integer': found.integer, 'float': found.floating} for found in findings},
         'float_nodes': [{'node': n.layer or n.name, 'kind': n.kind, 'why': n.why} for n in lowered.nodes if n.why],
-        'versions': _versions(),
+        'versions': versions(),
     }
 
 
@@ -200,7 +200,8 @@ def _bits(plan: Plan) -> int:
     return min(min(layer.w_bits, layer.a_bits) for layer in plan.quantized) if plan.quantized else FLOAT_BITS
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this package and of those that a file comes from."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {'basicsr_quant': __version__}

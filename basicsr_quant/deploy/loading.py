@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Loaded:
         fixed: Height and width of the only input that it takes, or None.
         batched: Whether N may be more than 1.
         tile: Side of a tile that it is meant for, or None.
+        summary: What to tell of the tiles that went through it, or None.
     """
 
     run: engines.Run
@@ -32,6 +34,7 @@ class Loaded:
     fixed: tuple[int, int] | None = None
     batched: bool = True
     tile: int | None = None
+    summary: Callable[[], str] | None = None
 
 
 def load_file(path: Path, engine: str | None = None, threads: int | None = None) -> Loaded:

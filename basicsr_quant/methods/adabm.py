@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..network.bit_allocation import allocate_bits
-from ..network.calibration import Observations, evaluating, observe
+from ..network.calibration import Observations, evaluating, observe, set_tensor_ranges
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
 from ..network.sensitivity import OFFSETS, output_errors
 from ..network.stages import Stages
@@ -67,11 +67,13 @@ class AdaBM(Method):
     own and not inside the first training step; the feature loss is a mean over blocks and images, not divided by the
     batch once more (3); learning rates of ranges are relative to each layer's calibrated width and not absolute (4);
     bits stay in 2 to 8 (5). Ranges and thresholds never cross. The FP32 network's outputs are computed once. In
-    ``basicsr train`` ranges learn and the mappings stay as calibrated.
+    ``basicsr train`` ranges learn and the mappings stay as calibrated. ``skip: quantized`` (not in the paper) holds the
+    tensors around residual additions at 8 bits, their extremes in calibration, and does not adapt them.
     """
 
     name = 'adabm'
     is_static = False
+    takes_skip = True
     Options = AdaBMOptions
     has_reference_compat = True
 
@@ -151,6 +153,7 @@ class AdaBM(Method):
         idle = [name for name in seen.observers if name not in seen.stds]
         if idle:
             logger.warning('Calibration never reached %d layers, which keep an unset range: %s.', len(idle), idle)
+        set_tensor_ranges(net, seen)
         for name, layer in stages.over('setting ranges', list(quant_layers(net).items())):
             if name in seen.stds:
                 self.start_input(layer.input_quantizer, seen.observers[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ from basicsr.metrics.psnr_ssim import calculate_psnr
 from basicsr.utils import tensor2img
 from torch import Tensor, nn
 
-from ..config import read_config
+from ..config import CalibrationConfig, read_config
 from ..data.calibration import CalibrationImages, dataset_options
 from ..deploy.parity import ParityImage
 from ..errors import QuantError
@@ -80,12 +80,9 @@ def parity_images(
         if key.split('_')[0] in ('test', 'val') and not found:
             found, source = _of_set({**options, 'phase': 'val', 'scale': raw.get('scale', 1)}, count), options['name']
     if not found and isinstance(raw.get('quant'), Mapping) and raw['quant'].get('calibration'):
-        config = read_config(raw['quant']).calibration
-        if config is not None and config.dataset is not None:
-            options = dataset_options(config, None, raw.get('scale', 1))
-            images = CalibrationImages(config, options, lambda data: data['lq'], raw.get('manual_seed') or 0)
-            found = [ParityImage(f'calibration {i}', image) for i, image in enumerate(islice(images, count))]
-            source = 'calibration images'
+        images = calibration_images(raw)
+        found = [ParityImage(f'calibration {i}', image) for i, image in enumerate(islice(images, count))]
+        source = 'calibration images' if found else ''
     if not found:
         found, source = _made_up(shape), 'made-up images, no data set is named'
     if fixed:
@@ -93,11 +90,30 @@ def parity_images(
     return found, source
 
 
-def _of_set(options: dict[str, Any], count: int) -> list[ParityImage]:
+def calibration_images(raw: Mapping[str, Any]) -> Iterable[Tensor]:
+    """The images (1, C, h, w) of ``quant.calibration``, or of its default on the training set; none without either."""
+    config = read_config(raw['quant']).calibration or CalibrationConfig()
+    train = (raw.get('datasets') or {}).get('train')
+    if config.dataset is None and train is None:
+        return ()
+    options = dataset_options(config, train, raw.get('scale', 1))
+    return CalibrationImages(config, options, lambda data: data['lq'], raw.get('manual_seed') or 0)
+
+
+def test_sets(raw: Mapping[str, Any]) -> dict[str, list[ParityImage]]:
+    """The images of every test set of an option file, by the set's name."""
+    found = {}
+    for key, options in (raw.get('datasets') or {}).items():
+        if key.split('_')[0] in ('test', 'val'):
+            found[options['name']] = _of_set({**options, 'phase': 'val', 'scale': raw.get('scale', 1)}, None)
+    return found
+
+
+def _of_set(options: dict[str, Any], count: int | None) -> list[ParityImage]:
     options.setdefault('type', 'PairedImageDataset')
     dataset = build_dataset(options)
     found = []
-    for index in range(min(count, len(dataset))):
+    for index in range(len(dataset) if count is None else min(count, len(dataset))):
         data = dataset[index]
         truth = tensor2img([data['gt']]) if 'gt' in data else None
         found.append(ParityImage(f'{options["name"]} {index}', data['lq'][None], truth))

@@ -61,6 +61,14 @@ class AdaptiveRange(LearnedRange):
         lower, upper = self.bounds(x)
         return fake_quantize(x, lower, upper, per_sample(bits, x), zero_point=self.zero_point)
 
+    @torch.no_grad()
+    def at_bits(self, bits: int) -> LearnedRange:
+        """The static quantizer that this one is where it has ``bits`` bits."""
+        static = LearnedRange(bits, self.lower.shape, learn=False, zero_point=self.zero_point)
+        for name in ('lower', 'upper', 'unit', 'calibrated'):
+            getattr(static, name).copy_(getattr(self, name))
+        return static
+
     def range_parameters(self) -> list[nn.Parameter]:
         return [self.lower, self.upper]
 

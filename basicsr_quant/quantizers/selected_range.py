@@ -15,6 +15,7 @@ from .fake_quantize import fake_quantize
 from .image_bits import image_gradients
 from .quantizer import RelativeRange
 from .standardized import channel_statistics
+from .symmetric_range import SymmetricRange
 
 _LEAST_BOUND = 1e-3
 _CHUNK = 1 << 15  # values: a chunk of input, gradient and codes stays in a core's cache
@@ -72,6 +73,15 @@ class SelectedRange(RelativeRange):
         alpha = torch.maximum(lower.abs(), upper.abs())
         self._set_unit(alpha)
         self.alphas.copy_((alpha.to(self.unit) / self.unit).expand_as(self.alphas))
+
+    @torch.no_grad()
+    def at_bits(self, bits: int) -> SymmetricRange:
+        """The static quantizer that this one is for images that choose ``bits`` bits, one of the candidates."""
+        static = SymmetricRange(bits, learn=False, zero_point='integer')
+        static.alpha.copy_(self.alphas[self.candidates.index(bits)])
+        static.unit.copy_(self.unit)
+        static.calibrated.copy_(self.calibrated)
+        return static
 
     def range_parameters(self) -> list[nn.Parameter]:
         return [self.alphas]
