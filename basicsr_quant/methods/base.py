@@ -33,14 +33,14 @@ class RangeOptions:
     """Options that every method with learned ranges has.
 
     Args:
-        init: Where ranges start: ``percentile`` (ODM, DDTB), ``mse`` (least reconstruction error), ``minmax`` or
-            ``ema_minmax`` (PAMS, AdaBM).
+        init: Where ranges start: ``percentile`` (ODM, DDTB), ``mse`` (least reconstruction error), ``dobi``
+            (2DQuant's search for it), ``minmax`` or ``ema_minmax`` (PAMS, AdaBM).
         percentile: The percentile p; ranges start at the (100 - p)-th and the p-th.
         range_lr: Learning rate of range parameters as a multiple of the network's, in units of each range's
             calibrated width (ODM: 10).
     """
 
-    init: str = option('percentile', choices=('percentile', 'mse', 'minmax', 'ema_minmax'))
+    init: str = option('percentile', choices=('percentile', 'mse', 'dobi', 'minmax', 'ema_minmax'))
     percentile: float = option(99.0, low=50.0, high=100.0)
     range_lr: float = option(10.0, low=0.0)
 
@@ -192,7 +192,7 @@ class Method:
         kwargs: dict[str, Any] = {'per_channel': per_channel}
         if init == 'percentile':
             kwargs['percent'] = self.options.percentile
-        elif init == 'mse':
+        elif init in ('mse', 'dobi'):
             kwargs.update(bits=quantizer.num_bits, symmetric=symmetric, narrow_range=quantizer.narrow_range)
             kwargs.update(zero_point=quantizer.zero_point)
         return OBSERVERS[init](**kwargs)

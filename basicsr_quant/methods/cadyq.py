@@ -49,7 +49,7 @@ class CADyQOptions(RangeOptions):
         select_weights: Give a layer's weight the bits chosen for its input, image by image; off in the publication.
     """
 
-    init: str = option('ema_minmax', choices=('ema_minmax', 'minmax', 'percentile', 'mse'))
+    init: str = option('ema_minmax', choices=('ema_minmax', 'minmax', 'percentile', 'mse', 'dobi'))
     bits: tuple = (4, 6, 8)  # type: ignore[type-arg]
     bit_weight: float = option(1e-4, low=0.0)
     bit_growth: float = option(1e-6, low=0.0)

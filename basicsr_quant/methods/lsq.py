@@ -22,7 +22,7 @@ class LSQOptions(RangeOptions):
     the symmetric range of least error on both sides. At two bits it is the better start for training.
     """
 
-    init: str = option('lsq', choices=('lsq', 'mse', 'mse_cover', 'percentile', 'minmax'))
+    init: str = option('lsq', choices=('lsq', 'mse', 'mse_cover', 'dobi', 'percentile', 'minmax'))
 
 
 class _MeanMagnitude(Observer):
@@ -83,7 +83,7 @@ class LSQ(Method):
         lower, upper = observer.range()
         if self.options.init == 'lsq':
             quantizer.set_step(2 * upper / math.sqrt(quantizer.positive_steps))
-        elif self.options.init == 'mse' and quantizer.signed:
+        elif self.options.init in ('mse', 'dobi') and quantizer.signed:
             # The search aligned [-u, u] to LSQ's own lopsided grid: its step is the answer, not a step that covers u.
             quantizer.set_step((upper - lower) / (quantizer.negative_steps + quantizer.positive_steps))
         else:

@@ -12,7 +12,7 @@ from ..quantizers import LearnedRange, Quantizer, SymmetricRange
 from ..schema import option
 from .base import METHODS, Method, RangeOptions
 
-_OBSERVERS = ('minmax', 'percentile', 'mse')
+_OBSERVERS = ('minmax', 'percentile', 'mse', 'dobi')
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,12 @@ class PercentileOptions(RangeOptions):
 
 @dataclass(frozen=True)
 class MSEOptions(RangeOptions):
-    """The range with the least squared reconstruction error. ``w_init`` and ``learn`` as in :class:`MinMaxOptions`."""
+    """The range with the least squared reconstruction error; ``init: dobi`` finds it as 2DQuant does.
 
-    init: str = option('mse', choices=('mse',))
+    ``w_init`` and ``learn`` as in :class:`MinMaxOptions`.
+    """
+
+    init: str = option('mse', choices=('mse', 'dobi'))
     w_init: Optional[str] = option(None, choices=_OBSERVERS)  # noqa: UP045 (read at run time, Python 3.9)
     learn: bool = option(False)
 

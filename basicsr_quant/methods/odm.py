@@ -47,7 +47,7 @@ class ODMOptions(RangeOptions):
     offsets_ratio: float = option(0.3, low=0.0, high=1.0)
     mismatch_weight: float = option(1e-5, low=0.0)
     detach_target: bool = option(True)
-    init: str = option('percentile', choices=('percentile', 'mse', 'minmax'))
+    init: str = option('percentile', choices=('percentile', 'mse', 'dobi', 'minmax'))
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class ODM(Method):
     def start_weight(self, quantizer: Any, weight: Tensor) -> None:
         if not isinstance(quantizer, PercentileWeight):
             super().start_weight(quantizer, weight)
-        elif self.options.init == 'mse':
-            observer = MSEObserver(self.per_channel, quantizer.num_bits, True, quantizer.narrow_range)
+        elif self.options.init in ('mse', 'dobi'):
+            observer = self._observer(quantizer, symmetric=True, per_channel=self.per_channel)
             observer.update(weight)
             quantizer.fit(weight, observer.range()[1])
         else:

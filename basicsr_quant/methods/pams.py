@@ -21,7 +21,7 @@ class PAMSOptions(RangeOptions):
             half of its codes. Not in the paper; CADyQ's code has it as an option that is off.
     """
 
-    init: str = option('ema_minmax', choices=('ema_minmax', 'minmax', 'percentile', 'mse'))
+    init: str = option('ema_minmax', choices=('ema_minmax', 'minmax', 'percentile', 'mse', 'dobi'))
     unsigned: bool = option(False)
 
 

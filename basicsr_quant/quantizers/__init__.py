@@ -2,6 +2,7 @@
 
 from .adaptive_range import AdaptiveRange
 from .bit_aware import clip_to_bits, search_omse_bound
+from .bound_search import BoundSearchObserver, search_bounds
 from .context import NetworkMeasure, QuantContext
 from .distribution_range import DistributionRange, DistributionWeight
 from .fake_quantize import align_zero_point, fake_quantize, num_steps
@@ -32,6 +33,7 @@ __all__ = [
     'OBSERVERS',
     'AdaptiveRange',
     'BoundGate',
+    'BoundSearchObserver',
     'DistributionRange',
     'DistributionWeight',
     'GatedRange',
@@ -64,6 +66,7 @@ __all__ = [
     'percentile',
     'quantize_standardized',
     'quantize_statistics',
+    'search_bounds',
     'search_mse_range',
     'search_omse_bound',
     'select',

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,9 +220,12 @@ class MSEObserver(Observer):
         assert self._kept is not None, 'range() before update()'
         values = self._kept[:, : sum(self._lengths) : every].contiguous()
         settings = {'narrow_range': self.narrow_range, 'zero_point': self.zero_point}
-        lower, upper = search_mse_range(values, bits, self.symmetric, **settings)  # type: ignore[arg-type]
+        lower, upper = self._search(values, bits, **settings)
         rounded = fake_quantize(values, lower[:, None], upper[:, None], bits, **settings)  # type: ignore[arg-type]
         return *self._shaped(lower, upper), float((rounded - values).square().mean())
+
+    def _search(self, values: Tensor, bits: int, **settings: Any) -> tuple[Tensor, Tensor]:
+        return search_mse_range(values, bits, self.symmetric, **settings)
 
 
 def percentile(rows: Tensor, percent: float) -> Tensor:
@@ -317,16 +321,12 @@ def search_mse_range(
     """
     low, high = rows.aminmax(dim=1)
 
-    def error(lower: Tensor, upper: Tensor) -> Tensor:  # of (C, K) ranges, K candidates for each row
-        lower, upper = torch.minimum(lower, upper)[..., None], upper[..., None]
-        values = rows[:, None].expand(-1, max(lower.shape[1], upper.shape[1]), -1)
-        q = fake_quantize(values, lower, upper, bits, zero_point=zero_point, narrow_range=narrow_range)
-        return (q - values).square_().mean(dim=2)
+    def error(lower: Tensor, upper: Tensor) -> Tensor:
+        return range_errors(rows, torch.minimum(lower, upper), upper, bits, narrow_range, zero_point)
 
-    at_once = max(1, _SEARCHED_AT_ONCE // rows.numel())
     if symmetric:
         high = torch.maximum(low.abs(), high.abs())
-        upper = _search(torch.zeros_like(high), high, candidates, at_once, lambda u: error(-u, u))
+        upper = _search(torch.zeros_like(high), high, candidates, lambda u: error(-u, u))
         return -upper, upper
     lower, upper = low, high
     start_high = torch.where(high > 0, low.clamp(min=0), low)
@@ -334,25 +334,38 @@ def search_mse_range(
     for _ in range(3):
         before = (lower, upper)
         if high.any():
-            found = _search(start_high, high, candidates, at_once, partial(error, lower[:, None]))
+            found = _search(start_high, high, candidates, partial(error, lower[:, None]))
             upper = torch.where(high == 0, high, found)
         if low.any():
-            found = _search(start_low, low, candidates, at_once, partial(error, upper=upper[:, None]))
+            found = _search(start_low, low, candidates, partial(error, upper=upper[:, None]))
             lower = torch.where(low == 0, low, found)
         if torch.equal(before[0], lower) and torch.equal(before[1], upper):
             break
     return lower, upper
 
 
-def _search(
-    start: Tensor, end: Tensor, candidates: int, at_once: int, error: Callable[[Tensor], Tensor]
+def range_errors(
+    rows: Tensor, lower: Tensor, upper: Tensor, bits: int, narrow_range: bool, zero_point: str
 ) -> Tensor:
+    """Mean squared error (C, K) of (C, N) values under K ranges for each row; bounds (C, K) or (C, 1)."""
+    lower, upper = torch.broadcast_tensors(lower, upper)
+    found = []
+    at_once = max(1, _SEARCHED_AT_ONCE // rows.numel())
+    for low, high in zip(lower.split(at_once, dim=1), upper.split(at_once, dim=1)):
+        values = rows[:, None].expand(-1, low.shape[1], -1)
+        q = fake_quantize(
+            values, low[..., None], high[..., None], bits, zero_point=zero_point, narrow_range=narrow_range
+        )
+        found.append((q - values).square_().mean(dim=2))
+    return torch.cat(found, dim=1)
+
+
+def _search(start: Tensor, end: Tensor, candidates: int, error: Callable[[Tensor], Tensor]) -> Tensor:
     """The point between ``start`` and ``end`` with the least error, row by row; of equal ones the widest."""
 
     def best(fractions: Tensor) -> Tensor:
         points = start[:, None] + (end - start)[:, None] * fractions
-        errors = torch.cat([error(chunk) for chunk in points.split(at_once, dim=1)], dim=1)
-        return fractions.gather(1, errors.argmin(dim=1, keepdim=True))
+        return fractions.gather(1, error(points).argmin(dim=1, keepdim=True))
 
     coarse = torch.arange(candidates, 0, -1).to(end) / candidates
     around = torch.arange(7, -8, -1).to(end) / (8 * candidates)
