@@ -162,6 +162,17 @@ def test_networks_that_stay_in_floating_point_say_why(kind: str, options: dict[s
         planned(build(kind, options), scope='all')
 
 
+def test_deformable_convolutions_need_torchvisions_operators() -> None:
+    net = build('EDVR', {'num_feat': 8, 'num_reconstruct_block': 1, 'deformable_groups': 2, 'num_extract_block': 1})
+    from torchvision.extension import _has_ops
+
+    if _has_ops():
+        assert any(layer.layer.startswith('pcd_align.') for layer in planned(net).quantized)
+    else:
+        with pytest.raises(QuantError, match='of EDVR cannot be listed, because it calls operators of torchvision'):
+            planned(net)
+
+
 def test_a_video_network_that_does_not_run_says_why_as_a_video() -> None:
     class Wants5D(nn.Module):
         def __init__(self) -> None:

@@ -97,6 +97,10 @@ def test_nothing_quantized():
         (['a.0.0', 'a.1.1'], ['a.0.0', 'a.1.1']),
         (['0', '1'], ['0-1']),
         (['a.0', 'b.0'], ['a.0', 'b.0']),
+        (['B1.0.w', 'B1.1.w', 'B2.0.w', 'B2.1.w'], ['B1-2.0-1.w']),
+        (['a.conv1', 'a.conv2'], ['a.conv1', 'a.conv2']),
+        (['a1.c', 'b2.c'], ['a1.c', 'b2.c']),
+        (['1.c', 'b2.c'], ['1.c', 'b2.c']),
     ],
 )
 def test_spans_say_neither_more_nor_less(names, spans):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -109,7 +110,8 @@ def build_float(network: Mapping[str, Any]) -> nn.Module:
     options = {k: v for k, v in network.items() if k != 'type'}
     kind = network['type']
     try:
-        with preserved():
+        with preserved(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'torch.meshgrid')  # said once a process; the host's own affair
             return ARCH_REGISTRY.get(kind)(**options)  # type: ignore[no-any-return]
     except QuantError:
         raise

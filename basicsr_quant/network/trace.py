@@ -134,6 +134,15 @@ def trace(net: nn.Module, input_shape: tuple[int, ...] | None = None, *, compute
 def _unlisted(net: nn.Module, reasons: dict[tuple[int, ...], Exception]) -> QuantError:
     """The refusal of a network that takes none of the shapes; its cause is what the first one gave."""
     first, *others = reasons
+    missing = next((error for error in reasons.values() if 'torchvision' in str(error) and ' ops' in str(error)), None)
+    if missing is not None:
+        refusal = QuantError(
+            f'the layers of {type(net).__name__} cannot be listed, because it calls operators of torchvision '
+            '(deformable convolution) that this installation of torchvision does not carry; install the torchvision '
+            'that was built for this torch'
+        )
+        refusal.__cause__ = missing
+        return refusal
     tried = _text(first) + (f' (nor of {len(others)} other shapes)' if others else '')
     said = _said(reasons[first])
     clip = next((shape for shape in others if shape in _CLIPS and _said(reasons[shape]) != said), None)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_NUMBER = re.compile(r'\d+$')
 
 
 def by_pattern(names: Sequence[str]) -> list[list[str]]:
     """Group names that differ by numbers only, so that :func:`span` names each group and nothing else.
 
+    Numbers are whole parts of a name, or end a part that is not the last: ``conv1`` and ``conv2`` are two layers.
     A group is a full grid of numbers: with ``a.0.0``, ``a.0.1`` and ``a.1.0`` alone, ``a.0-1.0-1`` would say too much.
 
     >>> by_pattern(['a.0.w', 'a.1.w', 'b', 'a.2.w'])
@@ -15,7 +19,8 @@ def by_pattern(names: Sequence[str]) -> list[list[str]]:
     """
     patterns: dict[tuple[str, ...], list[str]] = {}
     for name in names:
-        pattern = tuple('#' if part.isdigit() else part for part in name.split('.'))
+        *places, last = name.split('.')
+        pattern = (*(_NUMBER.sub('#', place) for place in places), '#' if last.isdigit() else last)
         patterns.setdefault(pattern, []).append(name)
     return [grid for members in patterns.values() for grid in _grids(members)]
 
@@ -25,9 +30,15 @@ def span(names: Sequence[str]) -> str:
 
     >>> span(['body.0.conv1', 'body.1.conv1', 'body.2.conv1', 'body.5.conv1'])
     'body.0-2,5.conv1'
+    >>> span(['body.0.rdb1.conv1', 'body.0.rdb2.conv1'])
+    'body.0.rdb1-2.conv1'
     """
     places = [sorted(set(parts), key=lambda part: (len(part), part)) for parts in zip(*(n.split('.') for n in names))]
-    return '.'.join(_ranges([int(part) for part in parts]) if len(parts) > 1 else parts[0] for parts in places)
+    return '.'.join(_one_part(parts) if len(parts) > 1 else parts[0] for parts in places)
+
+
+def _one_part(parts: Sequence[str]) -> str:
+    return _NUMBER.sub('', parts[0]) + _ranges([int(found[0]) for part in parts if (found := _NUMBER.search(part))])
 
 
 def _grids(names: Sequence[str]) -> list[list[str]]:
