@@ -5,8 +5,8 @@
 
 Weights are ``<name>.pth`` in ``weights/`` of BASICSR_QUANT_DATA or in FOLDER. PSNR is then that of ``basicsr test`` on
 Set5. A network without a file has random weights (seed 0), and its PSNR is the one of its quantized output against its
-own FP32 output, over the range of that, on 64x64 crops of Set5. Calibration: the first crops in ``calib/`` of
-BASICSR_QUANT_DATA. Seconds are of the processor, on one thread. Runs that are in the results are not repeated.
+own FP32 output, over the range of that, on crops of Set5 (64x64 by default). Calibration: the first crops in
+``calib/`` of BASICSR_QUANT_DATA. Seconds are of the processor, on one thread. Runs that are there are not repeated.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ NETWORKS: dict[str, dict[str, Any]] = {
     **REAL,
     'CARNM_x4': {'type': 'CARNM', 'upscale': 4},
     'SRVGGNetCompact_x4': {'type': 'SRVGGNetCompact', 'num_feat': 64, 'num_conv': 16, 'upscale': 4},
-    'DCTLSA_x2': {'type': 'Spandrel', 'spandrel': 'DCTLSA'},
+    'DCTLSA_x4': {'type': 'Spandrel', 'spandrel': 'DCTLSA'},
     'CRAFT_x4': {'type': 'Spandrel', 'spandrel': 'CRAFT'},
     'EDSR-baseline_x4': {'type': 'EDSR', **RGB, 'num_feat': 64, 'num_block': 16, 'upscale': 4},
     'MSRResNet_x4': {'type': 'MSRResNet', **RGB, 'num_feat': 64, 'num_block': 16, 'upscale': 4},
-    'RCAN_x4': {'type': 'RCAN', **RGB, 'num_feat': 64, 'num_group': 10, 'num_block': 20, 'upscale': 4},
-    'RRDBNet_x4': {'type': 'RRDBNet', **RGB, 'num_feat': 64, 'num_block': 23, 'num_grow_ch': 32},
+    'RCAN-5x10_x4': {'type': 'RCAN', **RGB, 'num_feat': 64, 'num_group': 5, 'num_block': 10, 'upscale': 4},
+    'RRDBNet-6B_x4': {'type': 'RRDBNet', **RGB, 'num_feat': 64, 'num_block': 6, 'num_grow_ch': 32},
     'SwinIR-S_x4': {'type': 'SwinIR', **SWIN, 'upscale': 4, 'upsampler': 'pixelshuffledirect'},
     'RIDNet_x1': {'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 64, 'out_channels': 3},
-    'RDN_x4': {'type': 'RDN', 'upscale': 4},
+    'RDN-A_x4': {'type': 'RDN', 'num_block': 20, 'num_layer': 6, 'growth': 32, 'upscale': 4},
     'IDN_x4': {'type': 'IDN', 'upscale': 4},
     'ABPN_x4': {'type': 'ABPN'},
     'XLSR_x4': {'type': 'XLSR'},
@@ -139,7 +139,7 @@ def run(name: str, jobs: list[dict[str, Any]], args: argparse.Namespace, data: P
     lq = f'LR_bicubic/X{known}'
     crops = images(data / 'calib' / lq, name, args.images)
     test = data / 'benchmarks' / 'Set5'
-    inputs = images(test / lq, name, 5, 0 if weights else 64)
+    inputs = images(test / lq, name, *((5, 0) if weights else (args.tests, args.crop)))
     if weights is None:
         truths: list[Any] = [net(x) for x in inputs]
         measure: Any = range_psnr
@@ -160,7 +160,7 @@ def run(name: str, jobs: list[dict[str, Any]], args: argparse.Namespace, data: P
         rows.append({
             **job, 'weights': 'file' if weights else 'random', 'fp32': plain['psnr'], 'stated': STATED.get(name),
             'psnr': psnr, 'quantized': len(plan.quantized), 'left': len(plan) - len(plan.quantized),
-            'seconds': seconds, 'images': args.images,
+            'seconds': round(seconds, 2), 'images': args.images,
         })  # fmt: skip
         print(name, job['scope'], f'W{job["w_bits"]}A{job["a_bits"]}', job['variant'], f'{psnr:.3f}', flush=True)
     return rows
@@ -197,7 +197,9 @@ def main() -> None:
     parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), default=['minmax', 'percentile'])
     parser.add_argument('--bits', nargs='+', default=['8,8', '4,4'], metavar='W,A')
     parser.add_argument('--scopes', nargs='+', choices=list(SCOPES), default=['body'])
-    parser.add_argument('--images', type=int, default=16)
+    parser.add_argument('--images', type=int, default=8, help='calibration images')
+    parser.add_argument('--tests', type=int, default=5, help='test images, for random weights')
+    parser.add_argument('--crop', type=int, default=64, help='their side, for random weights')
     parser.add_argument('--weights', type=Path, help='folder of more weights')
     parser.add_argument('--out', type=Path, default=Path('networks'))
     parser.add_argument('--table', action='store_true', help='print the table of what is there and stop')

@@ -6,10 +6,7 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from ._blocks import check_scale
-
-_SLOPE = 0.05
-"""Of every leaky ReLU in the paper."""
+from ._distillation import SLOPE, DistillationNetwork
 
 
 class ContrastAttention(nn.Module):
@@ -46,7 +43,7 @@ class IMDB(nn.Module):
         self.c2 = nn.Conv2d(self.rest, num_feat, 3, padding=1)
         self.c3 = nn.Conv2d(self.rest, num_feat, 3, padding=1)
         self.c4 = nn.Conv2d(self.rest, self.kept, 3, padding=1)
-        self.act = nn.LeakyReLU(_SLOPE, inplace=True)
+        self.act = nn.LeakyReLU(SLOPE, inplace=True)
         self.cca = ContrastAttention(4 * self.kept)
         self.c5 = nn.Conv2d(4 * self.kept, num_feat, 1)
 
@@ -60,12 +57,11 @@ class IMDB(nn.Module):
 
 
 @ARCH_REGISTRY.register()
-class IMDN(nn.Module):
+class IMDN(DistillationNetwork):
     """IMDN (Hui, Gao, Yang, Wang, "Lightweight Image Super-Resolution with Information Multi-distillation Network",
     ACM MM 2019).
 
-    Images (N, C, H, W) in 0..1. The outputs of all blocks are concatenated, fused by a 1x1 convolution and
-    refined; the last convolution is followed by one pixel shuffle.
+    Images (N, C, H, W) in 0..1.
 
     Args:
         num_in_ch, num_out_ch: Channels of input and output images.
@@ -77,23 +73,7 @@ class IMDN(nn.Module):
     def __init__(
         self, num_in_ch: int = 3, num_out_ch: int = 3, num_feat: int = 64, num_block: int = 6, upscale: int = 4
     ) -> None:
-        super().__init__()
-        check_scale(upscale)
         if num_feat % 16:
             raise ValueError(f'num_feat: {num_feat!r} given, a multiple of 16 needed')
-        self.conv_first = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
-        self.body = nn.ModuleList(IMDB(num_feat) for _ in range(num_block))
-        self.fusion = nn.Conv2d(num_feat * num_block, num_feat, 1)
-        self.act = nn.LeakyReLU(_SLOPE, inplace=True)
-        self.conv_after_body = nn.Conv2d(num_feat, num_feat, 3, padding=1)
-        self.conv_last = nn.Conv2d(num_feat, num_out_ch * upscale**2, 3, padding=1)
-        self.pixel_shuffle = nn.PixelShuffle(upscale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.conv_first(x)
-        features, outputs = first, []
-        for block in self.body:
-            features = block(features)
-            outputs.append(features)
-        fused = self.act(self.fusion(torch.cat(outputs, dim=1)))
-        return self.pixel_shuffle(self.conv_last(self.conv_after_body(fused) + first))
+        blocks = (IMDB(num_feat) for _ in range(num_block))
+        super().__init__(num_in_ch, num_out_ch, num_feat, blocks, upscale)

@@ -7,10 +7,8 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._blocks import PixelRange, check_scale
-
-_SLOPE = 0.05
-"""Of every leaky ReLU in the network."""
+from ._blocks import PixelRange
+from ._distillation import SLOPE, DistillationNetwork
 
 
 class ESA(nn.Module):
@@ -55,7 +53,7 @@ class RFDB(nn.Module):
         self.c3_d = nn.Conv2d(num_feat, distilled, 1)
         self.c3_r = nn.Conv2d(num_feat, num_feat, 3, padding=1)
         self.c4 = nn.Conv2d(num_feat, distilled, 3, padding=1)
-        self.act = nn.LeakyReLU(_SLOPE, inplace=True)
+        self.act = nn.LeakyReLU(SLOPE, inplace=True)
         self.c5 = nn.Conv2d(4 * distilled, num_feat, 1)
         self.esa = ESA(num_feat)
 
@@ -69,7 +67,7 @@ class RFDB(nn.Module):
 
 
 @ARCH_REGISTRY.register()
-class RFDN(nn.Module):
+class RFDN(DistillationNetwork):
     """RFDN (Liu, Tang, Wu, "Residual Feature Distillation Network for Lightweight Image Super-Resolution",
     ECCV workshops 2020), winner of the AIM 2020 challenge on efficient super-resolution and a baseline of NTIRE's.
 
@@ -92,22 +90,9 @@ class RFDN(nn.Module):
         upscale: int = 4,
         img_range: float = 255.0,
     ) -> None:
-        super().__init__()
-        check_scale(upscale)
+        blocks = (RFDB(num_feat) for _ in range(num_block))
+        super().__init__(num_in_ch, num_out_ch, num_feat, blocks, upscale)
         self.pixels = PixelRange(img_range, (0.0,))
-        self.conv_first = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
-        self.body = nn.ModuleList(RFDB(num_feat) for _ in range(num_block))
-        self.fusion = nn.Conv2d(num_feat * num_block, num_feat, 1)
-        self.act = nn.LeakyReLU(_SLOPE, inplace=True)
-        self.conv_after_body = nn.Conv2d(num_feat, num_feat, 3, padding=1)
-        self.conv_last = nn.Conv2d(num_feat, num_out_ch * upscale**2, 3, padding=1)
-        self.pixel_shuffle = nn.PixelShuffle(upscale)
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.conv_first(self.pixels.enter(x))
-        features, outputs = first, []
-        for block in self.body:
-            features = block(features)
-            outputs.append(features)
-        fused = self.act(self.fusion(torch.cat(outputs, dim=1)))
-        return self.pixels.leave(self.pixel_shuffle(self.conv_last(self.conv_after_body(fused) + first)))
+        return self.pixels.leave(super().forward(self.pixels.enter(x)))  # type: ignore[no-any-return]
