@@ -276,6 +276,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Tensor],
         'RFDN', {}, FILES['RFDN'][2], {}, 'B1.c1_d.weight', "missing in the file, 'body.0.c1_d.weight' first"
     ),
     'another number of blocks': ('EDSR', {'num_block': 3}, EDSR_STATE, {}, None, "'body.2.conv1.weight' first"),
+    'what to change': (
+        'EDSR', {'num_block': 3}, EDSR_STATE, {}, None, "'body' has 2 parts in the file and 3 in the network: change n"
+    ),
     'another number of channels': ('EDSR', {'num_feat': 8}, EDSR_STATE, {}, None, "is (4, 3, 3, 3) in the file"),
     'another pixel range': ('EDSR', {'img_range': 1.0}, EDSR_STATE, shifts(255), None, 'set network_g.img_range'),
     'another mean': ('EDSR', {'rgb_mean': [0.5, 0.5, 0.5]}, EDSR_STATE, shifts(255), None, '(114.4440, 111.4605, 103'),
@@ -290,8 +293,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Tensor],
     'a scale that the file lacks': (
         'CARN', {}, {**CARN, r'upsample\.(\d)': r'upsample.up2.body.\1'}, {}, None, "'upsample.0.weight' first"
     ),
-    'nothing in common': ('EDSR', {}, {r'': 'x.'}, {}, None, 'tensors are unknown to the network'),
+    'nothing in common': ('EDSR', {}, {r'': 'x.'}, {}, None, 'write the network_g that the file was trained with'),
 }  # fmt: skip
+
+
+def test_another_networks_names_are_recognised(tmp_path: Path) -> None:
+    from basicsr_quant.models.checkpoint import load_state
+
+    state = foreign(build('IMDN'), FILES['IMDN'][2], {})
+    with pytest.raises(QuantError, match=r'the names are those of IMDN, so write network_g: \{type: IMDN, \.\.\.\}$'):
+        load_state(build('EDSR'), read(tmp_path, state), 'params')
 
 
 @pytest.mark.parametrize('case', REFUSED)

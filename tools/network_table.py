@@ -54,8 +54,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
     'RIDNet_x1': {'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 64, 'out_channels': 3},
     'RDN-A_x4': {'type': 'RDN', 'num_block': 20, 'num_layer': 6, 'growth': 32, 'upscale': 4},
     'IDN_x4': {'type': 'IDN', 'upscale': 4},
-    'ABPN_x4': {'type': 'ABPN'},
-    'XLSR_x4': {'type': 'XLSR'},
     'BasicVSR_x4': {'type': 'BasicVSR', 'num_feat': 64, 'num_block': 15},
     'DUF_x4': {'type': 'DUF', 'scale': 4, 'num_layer': 16},
     'HAT_x4': {'type': 'Spandrel', 'spandrel': 'HAT', 'img_size': 64, 'window_size': 16, 'embed_dim': 96,
@@ -80,11 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'mse': {'method': 'mse'},
     'dobi': {'method': 'mse', 'mse': {'init': 'dobi'}},
 }
-SCOPES: dict[str, dict[str, Any]] = {
-    'body': {},
-    'all': {'scope': 'all'},
-    'attention': {'scope': 'all', 'attention': True, 'layers': {'*conv*': 'fp', 'upsample*': 'fp'}},
-}
+SCOPES = ('body', 'all', 'attention')  # attention: linear layers and attention only, as 2DQuant has it
 
 
 def find_weights(name: str, data: Path, folder: Path | None) -> Path | None:
@@ -151,7 +145,11 @@ def run(name: str, jobs: list[dict[str, Any]], args: argparse.Namespace, data: P
     for job in jobs:
         quantized = copy.deepcopy(net)
         bits = {'w_bits': job['w_bits'], 'a_bits': job['a_bits']}
-        plan = read_config({**VARIANTS[job['variant']], **bits, **SCOPES[job['scope']]}).plan(quantized, traced)
+        block = {**VARIANTS[job['variant']], **bits, 'scope': 'body' if job['scope'] == 'body' else 'all'}
+        if job['scope'] == 'attention':
+            others = [layer.name for layer in traced.layers if layer.type != 'Linear']
+            block.update(attention=True, layers=dict.fromkeys(others, 'fp'))
+        plan = read_config(block).plan(quantized, traced)
         quantize(quantized, plan)
         start = time.process_time()
         calibrate(quantized, plan, crops)
@@ -196,7 +194,7 @@ def main() -> None:
     parser.add_argument('--networks', nargs='+', choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), default=['minmax', 'percentile'])
     parser.add_argument('--bits', nargs='+', default=['8,8', '4,4'], metavar='W,A')
-    parser.add_argument('--scopes', nargs='+', choices=list(SCOPES), default=['body'])
+    parser.add_argument('--scopes', nargs='+', choices=SCOPES, default=['body'])
     parser.add_argument('--images', type=int, default=8, help='calibration images')
     parser.add_argument('--tests', type=int, default=5, help='test images, for random weights')
     parser.add_argument('--crop', type=int, default=64, help='their side, for random weights')

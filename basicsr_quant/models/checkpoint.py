@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -137,7 +138,8 @@ def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool 
     resized = [k for k in own if k in state and own[k].shape != state[k].shape]
     if strict and (missing or unexpected or resized):
         wrong = _differences(missing, unexpected, resized, own, state)
-        raise QuantError(f'{file.path} is not of this network: {wrong}')
+        advice = _advice(net, own, state, (unexpected or missing or resized)[0])
+        raise QuantError(f'{file.path} is not of this network: {wrong}; {advice}')
     net.load_state_dict({k: v for k, v in state.items() if k in own and k not in resized}, strict=False)
     return named
 
@@ -156,6 +158,22 @@ def _differences(
     if unexpected:
         parts.append(f"{len(unexpected)} tensors are unknown to the network, '{unexpected[0]}' first")
     return '; '.join(parts)
+
+
+def _advice(net: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> str:
+    """What to write in the option file for a file that is not of ``net``; ``name`` is a tensor that does not fit."""
+    kinds = conventions.networks_named(state)
+    if kinds and type(net).__name__ not in kinds:
+        return f'the names are those of {" or ".join(kinds)}, so write network_g: {{type: {kinds[0]}, ...}}'
+    block = re.match(r'(.*?)\.\d+\.', name)
+    if block is not None:
+        counts = [
+            len({found[1] for key in tensors if (found := re.match(rf'{re.escape(block[1])}\.(\d+)\.', key))})
+            for tensors in (state, own)
+        ]
+        if all(counts) and counts[0] != counts[1]:
+            return f"'{block[1]}' has {counts[0]} parts in the file and {counts[1]} in the network: change network_g"
+    return 'write the network_g that the file was trained with'
 
 
 def compare_plans(file: NetworkFile, plan: Plan, net: nn.Module | None = None) -> None:

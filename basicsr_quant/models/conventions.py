@@ -82,6 +82,12 @@ def _of_the_network(names: Iterable[str]) -> set[str]:
     return {n for n in names if '_quantizer.' not in n and not n.startswith(('quant_', f'{CONTAINER}.'))}
 
 
+def networks_named(state: Iterable[str]) -> list[str]:
+    """The architectures one of whose conventions knows every name of a file."""
+    names = _of_the_network(state)
+    return [kind for kind, each in CONVENTIONS.items() if any(not _rename(convention, names)[1] for convention in each)]
+
+
 def adapt_plan(net: nn.Module, plan: Plan, path: str) -> Plan:
     """Bring a file's plan to the names of ``net``, as :func:`adapt` does its tensors: layers, tensors, settings."""
     modules = module_names(net, plan, path)
