@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'mse channel': {'method': 'mse', 'w_granularity': 'channel'},
     'daq': {'method': 'daq'},
     'adabm': {'method': 'adabm'},
+    'adabm reference': {'method': 'adabm', 'reference_compat': True},
     'adabm fast': {'method': 'adabm', 'adabm': {'schedule': 'fast'}},
     'auto': {'method': 'auto'},
     'auto tensor': {'method': 'auto', 'auto': {'a_granularity': 'tensor'}},

@@ -4,6 +4,7 @@ from .abpn_arch import ABPN
 from .carn_arch import CARN, CARNM
 from .idn_arch import IDN
 from .imdn_arch import IMDN
+from .pruned_arch import PrunedNetwork
 from .quantized_arch import QuantizedNetwork
 from .rdn_arch import RDN
 from .rfdn_arch import RFDN
@@ -20,6 +21,7 @@ __all__ = [
     'RDN',
     'RFDN',
     'XLSR',
+    'PrunedNetwork',
     'QuantizedNetwork',
     'SRResNetBN',
     'Spandrel',
