@@ -27,6 +27,7 @@ setup(
         'basicsr': ['basicsr==1.4.2', 'torchvision', 'lmdb', 'opencv-python', 'tqdm'],
         'spandrel': ['spandrel==0.4.2'],  # network_g: {type: Spandrel}; Python 3.10 and newer
         'safetensors': ['safetensors'],
+        'prune': ['torch-pruning>=1.6,<2'],
         'deploy': ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20', 'openvino>=2025.0'],
         # MMagic 1.2.0 does not say which versions it works with; constraints-mmagic.txt has a whole set. mmcv below 2.2
         # comes first and from OpenMMLab: mim install 'mmcv>=2.0.0,<2.2.0' (from a source package it has no operators).

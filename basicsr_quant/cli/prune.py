@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         block = {**block, 'ratio': args.ratio}
     options = read_filter_pruning(block)
     if args.onnx:
-        from ..deploy.onnx_file import need, write_bytes
+        from ..deploy.onnx_file import need
 
         need('onnx', 'onnxscript')
     made_by = f'written by `basicsr prune -opt {args.opt}` ({options.method}, ratio {options.ratio:g})'
@@ -49,11 +49,13 @@ def run(args: argparse.Namespace) -> None:
     print(pruning_card(done.report, before, trace_at(done.net, scale=scale), show_all=args.all))
     if args.onnx:
         from ..deploy.capture import float_graph
+        from ..deploy.files import write_bytes
         from ..deploy.onnx_file import to_onnx
 
         assert done.report.traced_after is not None
         shape = done.report.traced_after.input_shape
-        write_bytes(args.onnx, to_onnx(float_graph(done.net, shape), shape).SerializeToString())
+        graph, batched = float_graph(done.net, shape)
+        write_bytes(args.onnx, to_onnx(graph, shape, batched=batched).SerializeToString())
         print(f'\n{args.onnx}: {os.path.getsize(args.onnx):,} bytes')
     print(f'\n{os.path.relpath(done.checkpoint)}, from {done.source}'
           f'\nmeasure it: basicsr test -opt {done.option_file}'

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import QuantError
-from .nonnegative import names
+from .nonnegative import names, tensors_in
 from .trace import on_small_image
 
 CLAMPS = names('clamp clip clamp_min clamp_max hardtanh relu relu6 minimum maximum min max fmin fmax')
@@ -238,7 +237,7 @@ class _Tape(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, '__name__', str(func)).strip('_')
-        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        given = tensors_in((args, kwargs))
         before = [step for step in map(self._of, given) if step is not None and not step.fixed]
         fixed = not before or name in _FILLED
         module = self._stack[-1] if self._stack else ''
@@ -249,7 +248,7 @@ class _Tape(TorchFunctionMode):
         elif name in _AFFINE and len(before) == 1:
             self._read_affine(step, args, kwargs)
         out = func(*args, **kwargs)
-        results = [v for v in tree_leaves(out) if isinstance(v, Tensor)]
+        results = tensors_in(out)
         if results or name == 'setitem':
             self.steps.append(step)
             for tensor in results or args[:1]:  # an in-place call gives the same tensor back

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .frames import ADDITIONS, Frames, kind_of, out_of_place, without_in_place
+from .nonnegative import tensors_in
 from .plan import FLOAT_BITS, Plan, TensorPlan
 from .scope import WEIGHT_LAYERS
 from .trace import shapes_only
@@ -128,8 +129,7 @@ class _Recorder(Frames):
             self.made[id(tensor)] = made
 
     def _ids(self, tree: Any) -> list[int]:
-        leaves = torch.utils._pytree.tree_leaves(tree)
-        return [id(leaf) for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) in self.made]
+        return [id(leaf) for leaf in tensors_in(tree) if id(leaf) in self.made]
 
     def _weighted(self, tree: Any) -> bool:
         return any(self.made[i].weighted for i in self._ids(tree))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 def names(text: str) -> frozenset[str]:
@@ -85,7 +85,7 @@ def is_nonnegative(func: Any, args: Sequence[Any], kwargs: dict[str, Any], known
         return fine(given['src'])
     if name == 'mul' and given['self'] is given['other']:
         return True
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    tensors = tensors_in((args, kwargs))
     if name in MOVES or name in KEEPS:
         floating = [tensor for tensor in tensors if tensor.is_floating_point()]
         return bool(floating) and all(known(tensor) for tensor in floating)
@@ -145,7 +145,7 @@ def written_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[T
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and dictionaries."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
 def storage_of(tensor: Tensor) -> StorageWeakRef | None:

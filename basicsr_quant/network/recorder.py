@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
 from ..nn import operands_of
 from ..quantizers.quantizer import Quantizer
 from .dataflow import Call, DataFlow
-from .nonnegative import MOVES, NonNegativeTensors, names, operator_name
+from .nonnegative import MOVES, NonNegativeTensors, names, operator_name, tensors_in
 from .scope import WEIGHT_LAYERS
 
 # The CPU kernel of attention, which torch's own table of formulas leaves out.
@@ -146,7 +145,7 @@ class _Recorder(TorchDispatchMode):
         """True for arithmetic on floating tensors of at least one value for each pixel of the network's input."""
         if operator_name(func) in _NO_ARITHMETIC or func.is_view:
             return False
-        results, given = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in (out, args))
+        results, given = (tensors_in(tree) for tree in (out, args))
         is_floating = any(t.is_floating_point() for t in results)  # comparisons are not
         return is_floating and any(t.is_floating_point() and t.numel() >= self._pixels for t in results + given)
 
@@ -201,7 +200,7 @@ def record(net: nn.Module, image: Tensor) -> Recording:
 
 def first_tensor(tree: Any) -> Tensor | None:
     """The first tensor in nested tuples, lists and dictionaries, or None."""
-    return next((leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)), None)
+    return next(iter(tensors_in(tree)), None)
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...]:

@@ -24,8 +24,8 @@ def pruning_card(report: PruningReport, before: SizedTrace, after: SizedTrace, *
     order = {name: place for place, name in enumerate(report.before)}
     groups.sort(key=lambda entry: order[entry[1][0]])
     lines = [plain(['layer', 'filters', 'kept'], [[span(names), *key] for key, names in groups]), '']
-    share = f'{report.removed:,} of {report.prunable:,} prunable filters taken out ({report.removed / report.prunable:.1%})'
-    lines.append(f'{share}; the smaller network computes what the whole one does with them at zero, '
+    share = f'{report.removed:,} of {report.prunable:,} prunable filters ({report.removed / report.prunable:.1%})'
+    lines.append(f'{share} taken out; the smaller network computes what the whole one does with them at zero, '
                  f'to {report.difference:.0e}')  # fmt: skip
     width, height = before.output_size
     rows: list[list[object]] = [

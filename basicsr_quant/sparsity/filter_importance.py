@@ -33,7 +33,8 @@ def mean_activation(beta: Tensor, gamma: Tensor, slope: Tensor | float) -> Tenso
 def mean_magnitude(beta: Tensor, gamma: Tensor, slope: Tensor | float) -> Tensor:
     """E|f(z)| of each channel."""
     rectified, _, _ = _rectified(beta, gamma)
-    return rectified + abs(slope) * (rectified - beta)
+    steep: Tensor | float = slope.abs() if isinstance(slope, Tensor) else abs(slope)
+    return rectified + (rectified - beta) * steep
 
 
 def mean_square(beta: Tensor, gamma: Tensor, slope: Tensor | float) -> Tensor:
