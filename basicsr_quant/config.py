@@ -17,6 +17,7 @@ from .network.plan import FLOAT_BITS, Plan
 from .network.planning import LayerRule, PlanRequest, make_plan
 from .network.trace import NetworkTrace
 from .schema import check_keys, option, read
+from .sparsity import SparsityConfig
 
 _BITS = (*range(2, 9), FLOAT_BITS)
 _BITS_TEXT = 'a whole number from 2 to 8, or 32 for floating point'
@@ -114,13 +115,21 @@ class QuantConfig:
     first_stage: FirstStageConfig | None = None
     save_bits: bool = False
 
-    def plan(self, net: nn.Module, traced: NetworkTrace, *, training: bool = False) -> Plan:
+    def plan(
+        self,
+        net: nn.Module,
+        traced: NetworkTrace,
+        *,
+        training: bool = False,
+        sparsity: SparsityConfig | None = None,
+    ) -> Plan:
         """Plan ``net``, an FP32 network; ``traced`` tells which inputs follow a ReLU, and what can be folded.
 
         Args:
             net: The network in floating point.
             traced: Its trace.
             training: For ``basicsr train``, which by default leaves BatchNorm as it is.
+            sparsity: The ``sparsity:`` block beside this one.
 
         Raises:
             QuantError: if a glob matches no layer, nothing is left to quantize, or the method refuses the plan.
@@ -149,6 +158,13 @@ class QuantConfig:
         plan = method.complete_plan(plan, net)
         if self.skip == 'quantized':
             plan = replace(plan, tensors=tensors_of(net, traced.input_shape, plan))
+        if sparsity is not None:
+            if METHODS[self.method].changes_weights:
+                raise QuantError(
+                    f'quant.method: {self.method!r} given, which moves every weight, those that sparsity masks too; '
+                    'use mse'
+                )
+            plan = replace(plan, sparsity=sparsity.plan(net, traced))
         return plan
 
     def _changes(self, plan: Plan, net: nn.Module, traced: NetworkTrace, training: bool) -> dict[str, dict[str, str]]:

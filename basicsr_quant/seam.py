@@ -115,11 +115,12 @@ def _prepare(
     from .models.preparation import can_report, prepare
 
     resuming = is_train and _resumes(raw, root, given)
-    ours = raw.get('quant') is not None or bool(_REQUEST and command != 'train')
+    sparse = raw.get('sparsity') is not None
+    ours = sparse or raw.get('quant') is not None or bool(_REQUEST and command != 'train')
     check_options(raw, is_train, resuming, own_reader=ours)
-    if 'sparsity' in raw:
-        raise QuantError('sparsity is not available in this version; remove the block')
     block = raw.get('quant')
+    if block is None and sparse:
+        block = {'method': 'none'}
     if block is None:
         # `basicsr test` on a stock file: the host's test, and our result files where the network permits.
         if not ours or not can_report(raw):

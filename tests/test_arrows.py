@@ -14,7 +14,8 @@ BELOW = {  # each room and the ones it may know
     'quantizers': set(),
     'nn': {'quantizers'},
     'network': {'quantizers', 'nn'},
-    'methods': {'quantizers', 'nn', 'network'},
+    'sparsity': {'nn', 'network'},
+    'methods': {'quantizers', 'nn', 'network', 'sparsity'},
     'cost': {'network'},
     'deploy': {'quantizers', 'nn', 'network', 'methods', 'cost'},
 }

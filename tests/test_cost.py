@@ -128,7 +128,7 @@ def test_to_plain_is_the_contract():
     assert '64x32' in plain['formula']
     assert plain['layers'][1] == {
         'layer': '1', 'type': 'Conv2d', 'macs': 64 * 32 * 243, 'w_bits': 32, 'a_bits': 32,
-        'bitops': 64 * 32 * 243 * 1024, 'weight_bytes': 4 * 243,
+        'bitops': 64 * 32 * 243 * 1024, 'weight_bytes': 4 * 243, 'density': 1.0, 'masked_weight_bytes': None,
     }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_metrics_json_is_the_contract(writer, some_cost, tmp_path):
     found = read(tmp_path)
     assert list(found) == [
         'name', 'method', 'w_bits', 'a_bits', 'checkpoint', 'datasets', 'calibration', 'cost', 'plan', 'tensors',
-        'versions',
+        'sparsity', 'versions',
     ]  # fmt: skip
     assert [found[key] for key in list(found)[:5]] == ['EDSR_x2', 'odm', 4, 4, 'net_g_latest.pth']
     fab, fab_mac = 3.0, pytest.approx((81 * 4 + 243 * 2) / (81 + 243))

@@ -219,12 +219,14 @@ def _batch(raw: dict[str, Any], args: argparse.Namespace) -> Any:
 def _plan(raw: dict[str, Any], net: Any, method: str | None) -> Any:
     from ..config import read_config
     from ..network.trace import trace
+    from ..sparsity import read_sparsity
 
     block = dict(raw.get('quant') or {})
     if method is None:
         raise QuantError('quant.method is missing in the option file; give it there, or by --methods')
     block = {k: v for k, v in block.items() if k != block.get('method') or k == method}
-    return read_config({**block, 'method': method}).plan(net, trace(net))
+    sparsity = read_sparsity(raw.get('sparsity'))
+    return read_config({**block, 'method': method}).plan(net, trace(net), sparsity=sparsity)
 
 
 def _own(raw: dict[str, Any]) -> str | None:

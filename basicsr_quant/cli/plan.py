@@ -30,8 +30,11 @@ def run(args: argparse.Namespace) -> None:
     from ..network.trace import trace
     from ..report.plan_card import plan_card
     from ..seam import import_components
+    from ..sparsity import read_sparsity
 
     import_components(raw.get('imports'))
     net = build_float(raw['network_g'])
     traced = trace(net)
-    print(plan_card(traced, read_config(raw.get('quant', {'method': 'none'})).plan(net, traced), show_all=args.all))
+    config = read_config(raw.get('quant') or {'method': 'none'})
+    plan = config.plan(net, traced, sparsity=read_sparsity(raw.get('sparsity')))
+    print(plan_card(traced, plan, show_all=args.all))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
+from ..network.sparsity_plan import SparsityPlan
 from ..network.trace import LayerTrace, NetworkTrace
 from .sizing import SizedTrace
 
@@ -19,6 +20,11 @@ FORMULA = (
     'fab = mean of a_bits over the activation quantizers, without first and last layers at 8 bits; '
     'fab_mac = the same, weighted by macs'
 )
+MASKED = (
+    'masked macs, bitops = those of the weights that masks keep; masked weight bytes = these weights at w_bits '
+    '(floating point as stored) and their places, in each layer log2 M bits a kept weight or 1 bit a weight, whichever '
+    'is less'
+)
 _ENDS = ('first layer', 'last layer')
 _END_BITS = 8
 
@@ -27,7 +33,8 @@ _END_BITS = 8
 class LayerCost:
     """One row: a layer, or a module that multiplies matrices of its own.
 
-    Bits are means over images where a method chooses them for each image.
+    Bits are means over images where a method chooses them for each image. ``density`` is the share of its weights that
+    an N:M mask keeps, ``masked_weight_bytes`` what these take with their places; None without a mask.
     """
 
     layer: str
@@ -37,6 +44,8 @@ class LayerCost:
     a_bits: float
     bitops: int
     weight_bytes: int
+    density: float = 1.0
+    masked_weight_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,9 @@ class Cost:
         notes: What else one must know to compare the numbers.
         layers: One row for each layer.
         bitops_with_overlap: ``bitops`` with pixels counted as often as patches hold them; None without patches.
+        masked_macs, masked_bitops, masked_weight_bytes: The same, of the weights that N:M masks keep, their places
+            among the bytes; None without masks. ``macs``, ``bitops`` and ``weight_bytes`` count the dense network,
+            which is what an engine without N:M kernels runs.
     """
 
     macs: int
@@ -73,6 +85,9 @@ class Cost:
     notes: tuple[str, ...]
     layers: tuple[LayerCost, ...]
     bitops_with_overlap: int | None = None
+    masked_macs: int | None = None
+    masked_bitops: int | None = None
+    masked_weight_bytes: int | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Return the ``cost`` object of ``metrics.json``: dictionaries, lists, strings and numbers only."""
@@ -108,12 +123,16 @@ def cost_of(
     if unknown:
         raise ValueError(f'measured bits name layers that the network does not run: {", ".join(unknown)}')
     kept = {layer.layer: layer.w_bits for layer in plan or ()}
-    rows = tuple(_row(layer, sized, in_force, kept, products or {}) for layer in traced.values())
+    sparse = None if plan is None else plan.sparsity
+    rows = tuple(
+        _masked(_row(layer, sized, in_force, kept, products or {}), layer, sparse) for layer in traced.values()
+    )
     stored = sum(layer.weight_bytes for layer in traced.values())
     others = sized.trace.parameter_bytes - stored
     macs = sum(row.macs for row in rows)
     weights = [(in_force[name][1], macs_) for name, macs_ in counted_layers(sized, plan).items()]
     total = sum(weight for _, weight in weights)
+    masked = [row.weight_bytes if row.masked_weight_bytes is None else row.masked_weight_bytes for row in rows]
     return Cost(
         macs=macs,
         bitops=sum(row.bitops for row in rows),
@@ -127,8 +146,11 @@ def cost_of(
         input_size=sized.input_size,
         formula=FORMULA.format(size='x'.join(map(str, sized.output_size))),
         not_counted=sized.trace.not_counted,
-        notes=(*sized.notes, *_of_quantizers(sized.trace)),
+        notes=(*sized.notes, *_of_quantizers(sized.trace), *((MASKED, sparse.engines) if sparse else ())),
         layers=rows,
+        masked_macs=round(sum(row.macs * row.density for row in rows)) if sparse else None,
+        masked_bitops=round(sum(row.bitops * row.density for row in rows)) if sparse else None,
+        masked_weight_bytes=sum(masked) + others + sized.trace.range_bytes if sparse else None,
     )
 
 
@@ -167,6 +189,15 @@ def _row(
         bitops=round(macs * products.get(layer.name, w_bits * a_bits)),
         weight_bytes=ceil(layer.weight_numel * stored / 8) if quantized else layer.weight_bytes,
     )
+
+
+def _masked(row: LayerCost, layer: LayerTrace, sparse: SparsityPlan | None) -> LayerCost:
+    found = next((x for x in sparse.layers if x.layer == layer.name), None) if sparse else None
+    if found is None or sparse is None or not layer.weight_numel:
+        return row
+    bits = row.w_bits if row.w_bits < FLOAT_BITS else 8 * layer.weight_bytes / layer.weight_numel
+    stored = found.stored_bytes(sparse.group, layer.weight_numel, bits)
+    return replace(row, density=found.density(sparse.group), masked_weight_bytes=stored)
 
 
 def _counts_for_fab(layer: LayerPlan, ends: set[str]) -> bool:

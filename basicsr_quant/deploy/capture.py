@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import QuantError
+from ..network.masking import masked_layers
 from ..network.surgery import quant_layers
 from ..nn import weight_rows
 from ..quantizers import Quantizer
@@ -103,9 +104,13 @@ def integer_plan(
     activations: dict[str, Grid] = {}
     weights: dict[str, WeightCodes] = {}
     left_out = []
+    kept = {name: layer.bake_mask() for name, layer in masked_layers(twin).items()}  # engines know no masks, but zeros
     for name, layer in quant_layers(twin).items():
         if isinstance(layer.weight_quantizer, Quantizer):
-            weights[name] = weight_codes(name, weight_rows(layer), layer.weight_quantizer)
+            found = weight_codes(name, weight_rows(layer), layer.weight_quantizer)
+            if name in kept:
+                found = replace(found, codes=found.codes * kept[name].to(found.codes))
+            weights[name] = found
             layer.weight_quantizer = _Weight(weights[name])  # type: ignore[assignment]
     known: dict[int, _Activation | nn.Identity] = {}
     for name, module in list(twin.named_modules(remove_duplicate=False)):

@@ -21,6 +21,7 @@ from ..nn import weight_rows
 from ..quantizers import OBSERVERS, LearnedRange, NetworkMeasure, Observer, Quantizer, RelativeRange
 from ..registry import Registry
 from ..schema import option, read
+from ..sparsity import apply_sparsity
 
 METHODS: Registry[type[Method]] = Registry('quantization method')
 """Methods by the name that ``quant.method`` takes. To add one: a file in this folder with a decorated subclass."""
@@ -296,7 +297,7 @@ def method_of(plan: Plan) -> Method:
 
 
 def quantize(net: nn.Module, plan: Plan) -> nn.Module:
-    """Apply ``plan`` to ``net`` in place with the quantizers of its method, and return ``net``.
+    """Apply ``plan`` to ``net`` in place with the quantizers and masks of its methods, and return ``net``.
 
     BatchNorms that the plan folds are gone afterwards, see :mod:`basicsr_quant.network.folding`.
     """
@@ -313,4 +314,6 @@ def quantize(net: nn.Module, plan: Plan) -> nn.Module:
         share_tensors=method.is_static and not method.chooses_bits,  # a layer's bits may leave those of the tensor
     )
     method.complete(net, plan)
+    if plan.sparsity is not None:
+        apply_sparsity(net, plan.sparsity)
     return net

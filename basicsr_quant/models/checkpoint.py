@@ -16,7 +16,8 @@ from ..methods import METHODS, method_of, quantize
 from ..network.clamps import FinalClamp
 from ..network.folding import fold_state, folds_of
 from ..network.plan import Plan
-from ..network.surgery import quant_state
+from ..network.sparsity_plan import SparsityPlan
+from ..network.surgery import quant_state, quantizers
 from ..random_state import preserved
 from . import conventions
 
@@ -37,6 +38,10 @@ class NetworkFile:
     states: Mapping[str | None, dict[str, Tensor]]
     plan: Plan | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def has_ranges(self, plan: Plan) -> bool:
+        """Whether the file is of a quantized network, or of one that ``plan`` does not quantize either."""
+        return self.plan is not None and not (self.plan.sparsity and plan.quantized and not self.plan.quantized)
 
     def state(self, key: str | None) -> tuple[str | None, dict[str, Tensor]]:
         """The state dict under ``key``, without the prefixes ``module.`` and ``generator.``.
@@ -134,6 +139,8 @@ def load_state(net: nn.Module, file: NetworkFile, key: str | None, strict: bool 
     missing = [k for k in own if k not in state]
     if file.plan is None:
         missing = [k for k in missing if not k.startswith(ranges) and not k.endswith('.num_batches_tracked')]
+    elif not file.plan.quantized:  # masks and no range: a training that goes on with quantization sets those
+        missing = [k for k in missing if not k.startswith(tuple(f'{name}.' for name in quantizers(net)))]
     unexpected = [k for k in state if k not in own]
     resized = [k for k in own if k in state and own[k].shape != state[k].shape]
     if strict and (missing or unexpected or resized):
@@ -180,6 +187,9 @@ def compare_plans(file: NetworkFile, plan: Plan, net: nn.Module | None = None) -
     """Refuse a quantized file whose plan is not the option file's; with ``net``, one of another host's names counts."""
     assert file.plan is not None
     theirs = file.plan if net is None else conventions.adapt_plan(net, file.plan, file.path)
+    _compare_sparsity(file.path, theirs.sparsity, plan.sparsity)
+    if not file.has_ranges(plan):
+        return
     if theirs.method != plan.method and theirs.method not in METHODS[plan.method].starts_from:
         raise QuantError(
             f"{file.path} was made with quant.method '{theirs.method}', the option file says '{plan.method}'"
@@ -230,6 +240,23 @@ def compare_plans(file: NetworkFile, plan: Plan, net: nn.Module | None = None) -
         raise QuantError(f"{file.path} has layer '{next(iter(ours))}' in floating point, the option file quantizes it")
 
 
+def _compare_sparsity(path: str, theirs: SparsityPlan | None, ours: SparsityPlan | None) -> None:
+    if theirs is None or ours is None:
+        if theirs is not ours:
+            where = 'the option file has no sparsity block' if ours is None else 'the option file has a sparsity block'
+            raise QuantError(f'{path} was made {"without" if theirs is None else "with"} sparsity, {where}')
+        return
+    for key, name in (('method', 'method'), ('group', 'M'), ('budget', 'budget')):
+        found, wanted = getattr(theirs, key), getattr(ours, key)
+        if found != wanted:
+            raise QuantError(f'{path} was made with sparsity.{name} {found}, the option file says {wanted}')
+    names, wanted_names = ({layer.layer for layer in plan.layers} for plan in (theirs, ours))
+    if names != wanted_names:
+        one = sorted(names ^ wanted_names)[0]
+        kind = 'masked' if one in names else 'dense'
+        raise QuantError(f"{path} has layer '{one}' {kind}, the option file does not")
+
+
 def _output(plan: Plan) -> str:
     """What a clip-free plan takes out of its network, in words."""
     output = plan.settings.get('output') or {}
@@ -240,7 +267,7 @@ def _output(plan: Plan) -> str:
 def adopted(file: NetworkFile, net: nn.Module, plan: Plan, key: str | None) -> NetworkFile:
     """A quantized file as the network of ``plan`` loads its entry ``key``: where another method made it, its tensors
     made over, and its own names."""
-    if file.plan is None or file.plan.method == plan.method:
+    if file.plan is None or file.plan.method == plan.method or not file.has_ranges(plan):
         return file
     found, state = file.state(key)
     state, _ = conventions.adapt(net, state, file.path)

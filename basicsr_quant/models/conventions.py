@@ -78,8 +78,10 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
 
 
 def _of_the_network(names: Iterable[str]) -> set[str]:
-    """Without the tensors of quantizers: those of another method, which this one starts from, it does not know."""
-    return {n for n in names if '_quantizer.' not in n and not n.startswith(('quant_', f'{CONTAINER}.'))}
+    """Without the tensors of quantizers and masks: those of another method, which this one starts from, it does not
+    know."""
+    added = ('quant_', f'{CONTAINER}.', 'sparsity_')
+    return {n for n in names if '_quantizer.' not in n and '.weight_mask.' not in n and not n.startswith(added)}
 
 
 def networks_named(state: Iterable[str]) -> list[str]:
@@ -102,7 +104,12 @@ def adapt_plan(net: nn.Module, plan: Plan, path: str) -> Plan:
     )
     # Options hold what users wrote, no layer that the plan found; one may be called as a layer is.
     settings = {k: v if k == 'options' else translated(v, modules) for k, v in plan.settings.items()}
-    return dataclasses.replace(plan, layers=layers, tensors=tensors, settings=settings)
+    sparsity = plan.sparsity
+    if sparsity is not None:
+        masked = (dataclasses.replace(layer, layer=_moved(layer.layer, modules)) for layer in sparsity.layers)
+        dense = {_moved(name, modules): why for name, why in sparsity.dense.items()}
+        sparsity = dataclasses.replace(sparsity, layers=tuple(masked), dense=dense)
+    return dataclasses.replace(plan, layers=layers, tensors=tensors, settings=settings, sparsity=sparsity)
 
 
 def module_names(net: nn.Module, plan: Plan, path: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from ..methods import quantize
 from ..network.plan import Plan
 from ..network.trace import trace
 from ..seam import import_components
+from ..sparsity import read_sparsity
 from . import checkpoint
 from .preparation import build_float, choose_checkpoint
 
@@ -47,7 +48,7 @@ def load_quantized(raw: Mapping[str, Any], asked: str | None, root: str) -> tupl
     import_components(raw.get('imports'))
     config = read_config(raw['quant'])
     net = build_float(raw['network_g'])
-    plan = config.plan(net, trace(net))
+    plan = config.plan(net, trace(net), sparsity=read_sparsity(raw.get('sparsity')))
     experiment = os.path.join(root, 'experiments', raw['name'])
     options = {'path': {}, **raw}
     path, key, _ = choose_checkpoint(options, 'test', experiment, plan, False, asked)

@@ -21,6 +21,7 @@ from ..network.plan import Plan
 from ..network.trace import trace
 from ..random_state import preserved
 from ..report.plan_card import plan_card
+from ..sparsity import SparsityConfig, read_sparsity
 from . import checkpoint
 
 
@@ -35,7 +36,7 @@ def prepare(
     resuming: bool,
     asked: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Check the ``quant:`` block against the rest of the option file and return what the model needs.
+    """Check ``quant:`` and ``sparsity:`` against the rest of the option file and return what the model needs.
 
     Args:
         raw: The option file with ``--force_yml`` applied, test sets selected.
@@ -51,11 +52,11 @@ def prepare(
         ``plan``, ``calibration``, ``feature_scale``, ``patch``, ``save_bits``, ``distill``, ``checkpoint``,
         ``param_key``, ``note``, ``experiment``, ``w_bits``, ``a_bits``, ``command``, ``card``.
     """
-    config = read_config(block)
-    _check_model(raw['model_type'], config, is_train)
+    config, sparsity = read_config(block), read_sparsity(raw.get('sparsity'))
+    _check_model(raw['model_type'], config, sparsity, is_train)
     net = build_float(raw['network_g'])
     traced = trace(net)
-    plan = config.plan(net, traced, training=is_train)
+    plan = config.plan(net, traced, training=is_train, sparsity=sparsity)
     name = f'debug_{raw["name"]}' if debug and not raw['name'].startswith('debug') else raw['name']
     experiment = os.path.join(root, 'experiments', name)
     path, key, note = choose_checkpoint(raw, command, experiment, plan, is_train, asked.get('checkpoint'))
@@ -66,6 +67,7 @@ def prepare(
             if file.plan is not None and config.fold_bn is None:
                 plan = _folded_as(file.plan, plan)
             _check_file(file, key, net, plan, strict=raw['path'].get('strict_load_g', True))
+        _check_masks(sparsity, file, is_train)
         _check_calibration(raw, config, file, plan, path, is_train)
     return {
         'plan': plan,
@@ -119,18 +121,20 @@ def build_float(network: Mapping[str, Any]) -> nn.Module:
         raise QuantError(f'network_g: {kind} cannot be built from its options: {error}') from None
 
 
-def _check_model(model_type: str, config: QuantConfig, is_train: bool) -> None:
+def _check_model(model_type: str, config: QuantConfig, sparsity: SparsityConfig | None, is_train: bool) -> None:
     from basicsr.models.sr_model import SRModel
     from basicsr.models.srgan_model import SRGANModel
     from basicsr.models.video_base_model import VideoBaseModel
 
     cls = MODEL_REGISTRY.get(model_type)
     if not (isinstance(cls, type) and issubclass(cls, SRModel)):
-        raise QuantError(f'model_type: {model_type} does not derive from SRModel, so quant: cannot be used with it')
-    if is_train and config.method != 'none' and issubclass(cls, (SRGANModel, VideoBaseModel)):
+        block = 'quant' if sparsity is None else 'sparsity'
+        raise QuantError(f'model_type: {model_type} does not derive from SRModel, so {block}: cannot be used with it')
+    if is_train and issubclass(cls, (SRGANModel, VideoBaseModel)) and (config.method != 'none' or sparsity):
         kind = 'GAN' if issubclass(cls, SRGANModel) else 'video'
+        given = f'quant.method {config.method!r}' if sparsity is None else f'sparsity.method {sparsity.method!r}'
         raise QuantError(
-            f'model_type: {model_type} is a {kind} model; training it with quant.method {config.method!r} is not '
+            f'model_type: {model_type} is a {kind} model; training it with {given} is not '
             'supported, `basicsr calibrate` and `basicsr test` are'
         )
 
@@ -210,6 +214,17 @@ def _check_file(file: checkpoint.NetworkFile, key: str | None, net: nn.Module, p
         raise QuantError(f"{file.path} holds values that are not finite, in '{bad[0]}'")
 
 
+def _check_masks(sparsity: SparsityConfig | None, file: checkpoint.NetworkFile | None, is_train: bool) -> None:
+    """Refuse to calibrate or test a network whose masks come out of a training that was not."""
+    if is_train or sparsity is None or not sparsity.learns or (file is not None and file.plan is not None):
+        return
+    there = 'no file is given' if file is None else f'{file.path} has no masks'
+    raise QuantError(
+        f'sparsity.method: {sparsity.method!r} learns its masks in training, but {there}; run `basicsr train` first, '
+        'or use one_shot'
+    )
+
+
 def _check_calibration(
     raw: Mapping[str, Any],
     config: QuantConfig,
@@ -218,7 +233,8 @@ def _check_calibration(
     path: str | None,
     is_train: bool,
 ) -> None:
-    if file is not None and file.plan is not None:
+    if file is not None and file.has_ranges(plan):
+        assert file.plan is not None
         if file.plan.method == plan.method or not (is_train and method_of(plan).measures_start):
             return
     elif not needs_images(plan):

@@ -21,10 +21,13 @@ from ..data.calibration import CalibrationImages, dataset_options
 from ..methods import calibrate, copy_calibrated, method_of, needs_images
 from ..methods.base import Training
 from ..methods.distillation import Distillation
+from ..network.masking import masks_in_force, start_masks
 from ..network.patches import Patchwise
+from ..network.plan import Plan
 from ..network.ranks import same_on_all_ranks
 from ..network.stages import Stages
 from ..network.surgery import plan_in_force, quantizers
+from ..sparsity import SparseTraining, SparsityMethod, sparsity_of
 from . import checkpoint
 from .evaluation import Evaluation
 from .preparation import load_teacher
@@ -51,20 +54,26 @@ class QuantizedModelMixin:
 
     def __init__(self, opt: dict[str, Any]) -> None:
         self._run = opt['quant_run']
-        self._method = method_of(self._run['plan'])
+        plan: Plan = self._run['plan']
+        self._method = method_of(plan)
+        self._sparsity: SparsityMethod | None = None if plan.sparsity is None else sparsity_of(plan.sparsity)
         self._calibration: dict[str, Any] = {}
         self._stages = Stages(functools.partial(tqdm, unit='step', leave=False, disable=None))
         self._training: Training | None = None
+        self._sparse_training: SparseTraining | None = None
         self._distillation: Distillation | None = None
         self._evaluation: Evaluation | None = None
         self._wrap = False
         logger.info('The plan: %s\n', self._run.pop('card'))
         if self._run['checkpoint'] is not None:
             logger.info('Checkpoint: %s (%s).', self._run['checkpoint'], self._run['note'])
-        if self._method.leaves_parameters_unused:
+        if any(m is not None and m.leaves_parameters_unused for m in (self._method, self._sparsity)):
             opt['find_unused_parameters'] = True
         super().__init__(opt)  # type: ignore[call-arg]
+        if self._sparsity is not None and not self._run.get('loaded_masks'):
+            start_masks(self._bare())
         self._calibrate_if_needed()
+        self._run['plan'] = masks_in_force(self._bare(), self._run['plan'])
         if self._method.chooses_bits:
             self._run['plan'] = plan_in_force(self._bare(), self._run['plan'])
         if opt['is_train']:
@@ -91,6 +100,8 @@ class QuantizedModelMixin:
             copy_calibrated(net, self.net_g_ema, self._run['plan'])
         scale = self._run['feature_scale'] or self._calibration.get('feature_scale', 1.0)
         self._training = self._method.attach(net, self.optimizer_g, scale)  # type: ignore[attr-defined]
+        if self._sparsity is not None:
+            self._sparse_training = self._sparsity.attach(net, self.optimizer_g)  # type: ignore[attr-defined]
         distill = self._run['distill']
         if distill is not None:
             own = {k: v for k, v in self.opt['network_g'].items() if k not in ('type', 'base_type', 'plan')}
@@ -102,6 +113,8 @@ class QuantizedModelMixin:
 
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         groups = self._method.parameter_groups(self._bare(), params, lr)
+        if self._sparsity is not None:
+            groups = self._sparsity.parameter_groups(self._bare(), groups, lr)
         return super().get_optimizer(optim_type, groups, lr, **kwargs)  # type: ignore[misc, no-any-return]
 
     def _bare(self) -> nn.Module:
@@ -167,7 +180,7 @@ class QuantizedModelMixin:
 
     def get_current_log(self) -> dict[str, float]:
         log = dict(super().get_current_log())  # type: ignore[misc]
-        for source in (self._training, self._distillation):
+        for source in (self._training, self._sparse_training, self._distillation):
             if source is not None:
                 log.update(source.log())
         return log
@@ -181,8 +194,9 @@ class QuantizedModelMixin:
         file = checkpoint.read_network_file(load_path)
         if file.plan is not None:
             checkpoint.compare_plans(file, self._run['plan'], bare)
-            self._run['loaded_quantized'] = True
-            self._run['taken_over'] = file.plan.method != self._run['plan'].method
+            self._run['loaded_quantized'] = file.has_ranges(self._run['plan'])
+            self._run['loaded_masks'] = file.plan.sparsity is not None
+            self._run['taken_over'] = self._run['loaded_quantized'] and file.plan.method != self._run['plan'].method
             self._calibration = checkpoint.calibration_of(file, bare)
         found, _ = file.state(param_key)
         kind = 'FP32' if file.plan is None else f'quantized ({file.plan.method})'
@@ -204,7 +218,8 @@ class QuantizedModelMixin:
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, f'{net_label}_{label}.pth')
         states = {key: n.state_dict() for key, n in zip(keys, nets)}
-        checkpoint.save_network_file(path, states, self._run['plan'], self._calibration)
+        plan = masks_in_force(nets[0], self._run['plan'])
+        checkpoint.save_network_file(path, states, plan, self._calibration)
         logger.info('Saved %s.', path)
         return None
 

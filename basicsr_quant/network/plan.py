@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .sparsity_plan import SparsityPlan
+
 FLOAT_BITS = 32
 """The number of bits that stands for floating point, in option files, plans and BitOPs."""
 
@@ -78,13 +80,15 @@ class Plan:
 
     ``settings`` holds, as plain data, everything else that the quantizers depend on (method, zero point,
     granularity, method options), so that a checkpoint can be rebuilt and compared without its option file.
-    ``tensors`` are the tensors quantized under ``skip: quantized``, in the order of a pass.
+    ``tensors`` are the tensors quantized under ``skip: quantized``, in the order of a pass. ``sparsity`` is the plan of
+    N:M masks, None for dense weights.
     """
 
     method: str
     layers: tuple[LayerPlan, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     tensors: tuple[TensorPlan, ...] = ()
+    sparsity: SparsityPlan | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -102,9 +106,14 @@ class Plan:
 
     def to_plain(self) -> dict[str, Any]:
         """Return dictionaries, lists, strings and numbers only: what a checkpoint or a JSON file can hold."""
-        plain = {'method': self.method, 'layers': [asdict(layer) for layer in self.layers], 'settings': self.settings}
+        layers = [asdict(layer) for layer in self.layers]
+        plain: dict[str, Any] = {'method': self.method, 'layers': layers, 'settings': self.settings}
         tensors = [{**asdict(tensor), 'feeds': list(tensor.feeds)} for tensor in self.tensors]
-        return {**plain, 'tensors': tensors} if tensors else plain
+        if tensors:
+            plain['tensors'] = tensors
+        if self.sparsity is not None:
+            plain['sparsity'] = self.sparsity.to_plain()
+        return plain
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Plan:
@@ -115,4 +124,5 @@ class Plan:
             TensorPlan(tensor['tensor'], tensor['bits'], tensor['kind'], tuple(tensor['feeds']))
             for tensor in plain.get('tensors', ())
         )
-        return cls(plain['method'], layers, dict(plain.get('settings', {})), tensors)
+        sparsity = SparsityPlan.from_plain(plain['sparsity']) if plain.get('sparsity') else None
+        return cls(plain['method'], layers, dict(plain.get('settings', {})), tensors, sparsity)

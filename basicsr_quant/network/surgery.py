@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..nn import QuantLayer, quantized_products, twin_class
+from ..nn import QuantLayer, SparsityModule, quantized_products, twin_class
 from ..quantizers import NetworkMeasure, QuantContext, Quantizer
 from .additions import CONTAINER, add_tensor_quantizers
 from .plan import FLOAT_BITS, LayerPlan, Plan, TensorPlan
@@ -101,8 +101,9 @@ def begin_pass(net: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -
 
 
 def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
-    """The quantized layers of ``net`` by name."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, QuantLayer)}
+    """The quantized layers of ``net`` by name; not those that have a mask and no quantizer."""
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, QuantLayer)}
+    return {name: m for name, m in layers.items() if m.quantizers() or m.weight_mask is None}
 
 
 def quantizers(net: nn.Module) -> dict[str, Quantizer]:
@@ -111,12 +112,12 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
 
 
 def quant_state(net: nn.Module) -> list[str]:
-    """Names of the modules that quantization added to ``net``: quantizers, and measures of the whole network.
+    """Names of the modules added to ``net``: quantizers, measures of the whole network, masks and their progress.
 
     A quantizer that stands under two names, a layer's and a tensor's, has both here, as in the state dict.
     """
     every = net.named_modules(remove_duplicate=False)
-    return [name for name, m in every if isinstance(m, (Quantizer, NetworkMeasure))]
+    return [name for name, m in every if isinstance(m, (Quantizer, NetworkMeasure, SparsityModule))]
 
 
 def plan_in_force(net: nn.Module, plan: Plan) -> Plan:

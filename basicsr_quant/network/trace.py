@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .. import random_state
 from ..errors import QuantError
+from ..nn.weight_mask import SparsityModule
 from ..quantizers.context import NetworkMeasure, floating_bytes
 from ..quantizers.quantizer import Quantizer
 from .dataflow import Step
@@ -75,7 +76,7 @@ class NetworkTrace:
         unused: Names of convolutions and linear layers that the pass never called.
         batch_norms: Names of the BatchNorm layers of any kind.
         input_shape, output_shape: Of the network, batch 1.
-        parameter_bytes: All parameters as they are stored, without those of quantizers.
+        parameter_bytes: All parameters as they are stored, without those of quantizers and masks.
         range_bytes: Floating-point tensors of the quantizers in the network (ranges, units, gates).
         quantizer_macs: Multiply-accumulates that quantizers spend on choosing ranges for one image; not in ``macs``.
     """
@@ -264,7 +265,8 @@ def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> Net
             functional.append(_layer(name, module, calls, None))
     quantizers = [module for module in modules.values() if isinstance(module, Quantizer)]
     measures = [module for module in modules.values() if isinstance(module, NetworkMeasure)]
-    ranges = {id(parameter) for module in (*quantizers, *measures) for parameter in module.parameters()}
+    masks = [module for module in modules.values() if isinstance(module, SparsityModule)]
+    added = {id(parameter) for module in (*quantizers, *measures, *masks) for parameter in module.parameters()}
     output = first_tensor(recording.output)
     return NetworkTrace(
         layers=tuple(layers),
@@ -274,7 +276,7 @@ def _report(net: nn.Module, shape: tuple[int, ...], recording: Recording) -> Net
         batch_norms=tuple(name for name, module in modules.items() if isinstance(module, _BatchNorm)),
         input_shape=shape,
         output_shape=() if output is None else tuple(output.shape),
-        parameter_bytes=sum(_stored(parameter) for parameter in net.parameters() if id(parameter) not in ranges),
+        parameter_bytes=sum(_stored(parameter) for parameter in net.parameters() if id(parameter) not in added),
         range_bytes=sum(q.stored_bytes for q in quantizers) + sum(floating_bytes(m) for m in measures),
         quantizer_macs=sum(q.macs for q in quantizers),
     )

@@ -4,10 +4,13 @@ from .qconv import QuantConv1d, QuantConv2d, QuantConv3d, conv_per_sample
 from .qconv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from .qlinear import QuantLinear
 from .qproducts import QuantProducts, operands_of, quantized_products
-from .quant_layer import QuantLayer, stores_weight, weight_rows
+from .quant_layer import QuantLayer, dense_rows, stores_weight, weight_rows
 from .twins import twin_class
+from .weight_mask import GROUPS, PriorityMask, RefinedMask, SparsityModule, WeightMask, density, group_sizes, priorities
 
 __all__ = [
+    'GROUPS',
+    'PriorityMask',
     'QuantConv1d',
     'QuantConv2d',
     'QuantConv3d',
@@ -17,8 +20,15 @@ __all__ = [
     'QuantLayer',
     'QuantLinear',
     'QuantProducts',
+    'RefinedMask',
+    'SparsityModule',
+    'WeightMask',
     'conv_per_sample',
+    'dense_rows',
+    'density',
+    'group_sizes',
     'operands_of',
+    'priorities',
     'quantized_products',
     'stores_weight',
     'twin_class',

@@ -9,7 +9,7 @@ from .quant_layer import QuantLayer
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    """``Q_a(x) Q_w(W)^T + b`` for x of shape (..., in_features); the bias stays in floating point."""
+    """``Q_a(x) Q_w(mask W)^T + b`` for x of shape (..., in_features); the bias stays in floating point."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(self.input_quantizer(x), self.quantized_weight(), self.bias)

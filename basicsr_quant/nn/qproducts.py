@@ -30,6 +30,7 @@ class QuantOperand(QuantLayer):
         super().__init__()
         self.input_quantizer = nn.Identity()
         self.weight_quantizer = nn.Identity()
+        self.weight_mask = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.input_quantizer(x)  # type: ignore[no-any-return]

@@ -1,26 +1,30 @@
-"""What quantized layers have in common: a weight quantizer and an input quantizer."""
+"""What quantized layers have in common: a mask of the weight, a weight quantizer and an input quantizer."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantizer
+from .weight_mask import WeightMask
 
 Layer = TypeVar('Layer', bound='QuantLayer')
 
 
 class QuantLayer(nn.Module):
-    """Mixin of a layer class: the layer's own parameters under their own names, plus two quantizers.
+    """Mixin of a layer class: the layer's own parameters under their own names, plus two quantizers and a mask.
 
     Attributes:
         input_quantizer: Quantizes the input activation; ``nn.Identity`` where it stays in floating point.
         weight_quantizer: Quantizes :func:`weight_rows`; ``nn.Identity`` likewise.
+        weight_mask: Makes the weight sparse before it is quantized; None for a dense weight.
     """
 
     input_quantizer: Quantizer | nn.Identity
     weight_quantizer: Quantizer | nn.Identity
+    weight_mask: WeightMask | None
 
     @classmethod
     def from_float(cls: type[Layer], layer: nn.Module) -> Layer:
@@ -34,6 +38,7 @@ class QuantLayer(nn.Module):
             twin.__dict__[members] = dict(layer.__dict__[members])
         twin.input_quantizer = nn.Identity()
         twin.weight_quantizer = nn.Identity()
+        twin.register_module('weight_mask', None)
         return twin
 
     def quantizers(self) -> list[Quantizer]:
@@ -41,13 +46,36 @@ class QuantLayer(nn.Module):
         return [q for q in (self.input_quantizer, self.weight_quantizer) if isinstance(q, Quantizer)]
 
     def quantized_weight(self) -> Tensor:
-        """Q_w(W) in the weight's own shape."""
-        rows = self.weight_quantizer(weight_rows(self))
-        return _swapped(rows, self.groups) if getattr(self, 'transposed', False) else rows  # type: ignore
+        """Q_w(mask W) in the weight's own shape; exactly 0 where the mask is, also on grids without zero.
+
+        Masked places get the straight-through gradient of the weight and give none to the range.
+        """
+        rows = weight_rows(self)
+        quantized = self.weight_quantizer(rows)
+        if self.weight_mask is not None:
+            quantized = torch.where(self.weight_mask.keep(), quantized, rows)
+        return _swapped(quantized, self.groups) if getattr(self, 'transposed', False) else quantized  # type: ignore
+
+    @torch.no_grad()
+    def bake_mask(self) -> Tensor:
+        """Put the zeros into the weight and drop the mask; returns which of :func:`weight_rows` were kept."""
+        assert self.weight_mask is not None
+        keep, rows = self.weight_mask.keep(), weight_rows(self)
+        own = _swapped(rows, self.groups) if getattr(self, 'transposed', False) else rows  # type: ignore
+        self.weight.copy_(own)  # type: ignore[operator]
+        self.weight_mask = None
+        return keep
 
 
 def weight_rows(layer: Any) -> Tensor:
-    """The weight of a layer, quantized or not, as its quantizer sees it: one row for each output channel.
+    """The weight of a layer, quantized or not, as its quantizer sees it: one row for each output channel, with zeros
+    where it is masked (statistics of ranges count these)."""
+    rows, mask = dense_rows(layer), getattr(layer, 'weight_mask', None)
+    return rows if mask is None else mask(rows)  # type: ignore[no-any-return]
+
+
+def dense_rows(layer: Any) -> Tensor:
+    """The weight without its mask, one row for each output channel.
 
     That is the weight itself, (out, in / groups, ...), but for transposed convolutions, whose weight is
     (in, out / groups, ...).

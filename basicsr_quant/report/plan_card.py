@@ -10,6 +10,8 @@ from ..cost import SizedTrace, cost_of
 from ..network.clamps import FinalClamp
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
 from ..network.trace import LayerTrace, NetworkTrace
+from ..sparsity import SPARSITY
+from . import densities
 from .spans import by_pattern, span
 from .tables import plain
 
@@ -38,6 +40,8 @@ def plan_card(trace: NetworkTrace, plan: Plan, *, show_all: bool = False) -> str
     heading = f'{", ".join(["method " + plan.method, *settings])}; MACs for an input of {_times(trace.input_shape[1:])}'
     floating = _floating([planned[name] for name in names])
     changes = [*_changes(trace, plan), *_tensors(plan), *_output(plan)]
+    if plan.sparsity is not None:
+        changes += densities.lines(plan.sparsity, SPARSITY[plan.sparsity.method].chooses_kept)
     return '\n'.join([heading, '', plain(_HEADER, rows), '', *_totals(trace, plan), *changes, *floating])
 
 
@@ -83,6 +87,11 @@ def _totals(trace: NetworkTrace, plan: Plan) -> list[str]:
         f'({_ratio(found.weight_bytes, found.float_weight_bytes)}), ranges left out',
         f'BitOPs: {_ratio(found.bitops, found.float_bitops)} of floating point',
     ]
+    if found.masked_weight_bytes is not None and found.masked_macs is not None and found.masked_macs < found.macs:
+        lines.append(
+            f'masked: MACs {_ratio(found.masked_macs, found.macs)} of the dense network, weights '
+            f'{found.masked_weight_bytes:,} bytes ({_ratio(found.masked_weight_bytes, found.float_weight_bytes)})'
+        )
     if found.fab is not None:
         lines.append(f'FAB: {found.fab:.2f}, by MACs {found.fab_mac or found.fab:.2f}')
     if trace.not_counted:

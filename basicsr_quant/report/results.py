@@ -102,6 +102,7 @@ class ResultWriter:
             'cost': None if self.cost is None else self.cost.to_plain(),
             'plan': [vars(layer) for layer in self.plan or ()],
             'tensors': [vars(tensor) for tensor in (self.plan.tensors if self.plan else ())],
+            'sparsity': _sparsity(self.plan),
             'versions': versions(),
         }
         return _finite(plain)
@@ -159,6 +160,15 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def _sparsity(plan: Plan | None) -> dict[str, Any] | None:
+    """The plan of masks with what it leaves: of all masked layers together (``share``) and of each (``density``)."""
+    if plan is None or plan.sparsity is None:
+        return None
+    sparsity = plan.sparsity
+    layers = [{**vars(layer), 'density': layer.density(sparsity.group)} for layer in sparsity.layers]
+    return {**sparsity.to_plain(), 'layers': layers, 'share': sparsity.share()}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

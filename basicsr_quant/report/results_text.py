@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..cost import Cost
-from . import tables
+from . import densities, tables
 
 if TYPE_CHECKING:
     from .results import ResultWriter
@@ -27,6 +27,8 @@ def page(writer: ResultWriter, datasets: Mapping[str, dict[str, Any]]) -> str:
     ]
     if writer.cost is not None:
         parts += _cost(writer.cost)
+    if writer.plan is not None and writer.plan.sparsity is not None:
+        parts += ['## Sparsity', tables.markdown([*densities.HEADER], densities.rows(writer.plan.sparsity))]
     return '\n\n'.join(parts) + '\n'
 
 
@@ -92,6 +94,10 @@ def _cost(cost: Cost) -> list[str]:
     }
     if cost.bitops_with_overlap is not None:
         figures['BitOPs, overlap counted'] = (cost.bitops_with_overlap, cost.float_bitops)
+    if cost.masked_macs is not None and cost.masked_bitops is not None and cost.masked_weight_bytes is not None:
+        figures['masked MACs'] = (cost.masked_macs, cost.macs)
+        figures['masked BitOPs'] = (cost.masked_bitops, cost.float_bitops)
+        figures['masked weight bytes'] = (cost.masked_weight_bytes, cost.float_weight_bytes)
     rows: list[list[object]] = [[name, *pair, _ratio(*pair)] for name, pair in figures.items()]
     rows += [
         ['of these ranges', cost.range_bytes, 0, None],
