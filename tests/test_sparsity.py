@@ -399,3 +399,20 @@ def test_state_of_masks_is_small():
                 for t in m.state_dict().values())  # fmt: skip
     assert added < weights * 1.1, 'about a byte a weight'
     assert all(isinstance(mask, PriorityMask) for mask in masks(net).values())
+
+
+@pytest.mark.parametrize('method', ['mse', 'odm'], ids=['zero on the grid', 'no zero on the grid'])
+def test_export_stores_zeros_where_masks_are(method):
+    pytest.importorskip('onnx')
+    from basicsr_quant.deploy.capture import integer_plan
+
+    block = {'method': method, 'w_bits': 4, 'a_bits': 4, 'zero_point': 'integer' if method == 'mse' else 'float'}
+    net, _ = sparse(tiny(channels=16), 'one_shot', 4, 0.5, block)
+    net.eval()
+    found = integer_plan(net, (1, 3, 8, 8), dynamic=False)
+    for name, codes in found.weights.items():
+        layer = net.get_submodule(name)
+        step = codes.scale.reshape(-1, *[1] * 3).double()
+        torch.testing.assert_close(codes.codes.double() * step, layer.quantized_weight().double(), rtol=1e-5, atol=1e-6)
+        assert float((codes.codes == 0).float().mean()) >= 0.5
+    assert len(masks(net)) == 4, 'the network itself keeps its masks'
