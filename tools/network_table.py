@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from calibration_table import NETWORKS as REAL
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ import basicsr_quant
 basicsr_quant.enable()
 
 from basicsr_quant.config import read_config  # noqa: E402 (after the host is mended)
-from basicsr_quant.data.image_files import read_image  # noqa: E402
 from basicsr_quant.methods import calibrate, quantize  # noqa: E402
 from basicsr_quant.models.checkpoint import load_state, read_network_file  # noqa: E402
 from basicsr_quant.models.deployment import psnr_of  # noqa: E402
@@ -110,7 +110,7 @@ def images(folder: Path, name: str, count: int, side: int = 0) -> list[Tensor]:
 
     found = []
     for path in islice(sorted(folder.glob('*.png')), count):
-        image: Tensor = img2tensor(read_image(path).astype('float32') / 255)[None]
+        image: Tensor = img2tensor(cv2.imread(str(path)).astype('float32') / 255)[None]
         image = image[..., :side, :side] if side else image
         if name in FRAMES:
             image = torch.stack([image.roll(frame, dims=-1) for frame in range(FRAMES[name])], dim=1)
@@ -138,7 +138,7 @@ def run(name: str, jobs: list[dict[str, Any]], args: argparse.Namespace, data: P
         truths: list[Any] = [net(x) for x in inputs]
         measure: Any = range_psnr
     else:
-        truths = [read_image(path) for path in sorted((test / 'HR').glob('*.png'))]
+        truths = [cv2.imread(str(path)) for path in sorted((test / 'HR').glob('*.png'))]
         measure = psnr_of(scale)
     plain = {'psnr': mean([measure(net(x), t) for x, t in zip(inputs, truths)])} if weights else {'psnr': None}
     traced, rows = trace(net), []

@@ -25,6 +25,10 @@ Set so that EDSR-b8f64_x2 measures c = 1 / 127.5: its median is 0.0380, and fold
 would make its features 127.5 times as large by construction."""
 
 
+_NAMED = 8
+"""Layers that a warning names."""
+
+
 @dataclass
 class Observations:
     """What calibration saw.
@@ -105,7 +109,7 @@ def observe(
     if constant:
         logger.warning(
             'The inputs of %d layers have the same value everywhere on the calibration images; what they hold else is '
-            'rounded to it: %s.', len(constant), constant,
+            'rounded to it: %s%s.', len(constant), constant[:_NAMED], ' ...' if constant[_NAMED:] else '',
         )  # fmt: skip
     return seen
 
