@@ -18,6 +18,7 @@ from basicsr_quant.config import read_config
 from basicsr_quant.errors import QuantError
 from basicsr_quant.methods import method_of, quantize
 from basicsr_quant.network.plan import Plan
+from basicsr_quant.network.sensitivity import OFFSETS, output_errors
 from basicsr_quant.network.surgery import floating_point, quant_layers
 from basicsr_quant.network.trace import trace
 
@@ -347,3 +348,18 @@ def test_a_network_that_is_reused_in_one_forward() -> None:
     net, plan = calibrated(net, x, scope='all')
     assert len(plan.quantized) == 3
     assert 0 < (net(x) - wanted).std() < 0.1 * wanted.std()
+
+
+@pytest.mark.parametrize('make', [
+    lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2),
+    lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2),
+], ids=['convolution', 'transposed'])  # fmt: skip
+def test_macs_where_bits_are_chosen_are_those_of_the_trace(make: Any) -> None:
+    x = torch.rand(IMAGE)
+    net = Around(make())
+    net.last = nn.Conv2d(6, 3, 3, padding=1)
+    wanted = {layer.name: layer.macs for layer in trace(net, IMAGE).layers}
+    net, _ = calibrated(net, x, scope='all')
+    inputs: Any = {name: layer.input_quantizer for name, layer in quant_layers(net).items()}
+    ranges = {(name, offset): q.bounds(x) for name, q in inputs.items() for offset in OFFSETS}
+    assert output_errors(net, [x], inputs, ranges)[1] == wanted

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def range_psnr(output: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def run(name: str, jobs: list[dict[str, Any]], args: argparse.Namespace, data: Path) -> list[dict[str, Any]]:
+def run(name: str, jobs: list[dict[str, Any]], args: argparse.Namespace, data: Path) -> Iterator[dict[str, Any]]:
     """Quantize one network in each of the ways that ``jobs`` name."""
     scale = int(name[-1])
     weights = find_weights(name, data, args.weights)
@@ -141,7 +142,7 @@ def run(name: str, jobs: list[dict[str, Any]], args: argparse.Namespace, data: P
         truths = [cv2.imread(str(path)) for path in sorted((test / 'HR').glob('*.png'))]
         measure = psnr_of(scale)
     plain = {'psnr': mean([measure(net(x), t) for x, t in zip(inputs, truths)])} if weights else {'psnr': None}
-    traced, rows = trace(net), []
+    traced = trace(net)
     for job in jobs:
         quantized = copy.deepcopy(net)
         bits = {'w_bits': job['w_bits'], 'a_bits': job['a_bits']}
@@ -155,13 +156,11 @@ def run(name: str, jobs: list[dict[str, Any]], args: argparse.Namespace, data: P
         calibrate(quantized, plan, crops)
         seconds = time.process_time() - start
         psnr = mean([measure(quantized(x), t) for x, t in zip(inputs, truths)])
-        rows.append({
+        yield {
             **job, 'weights': 'file' if weights else 'random', 'fp32': plain['psnr'], 'stated': STATED.get(name),
             'psnr': psnr, 'quantized': len(plan.quantized), 'left': len(plan) - len(plan.quantized),
             'seconds': round(seconds, 2), 'images': args.images,
-        })  # fmt: skip
-        print(name, job['scope'], f'W{job["w_bits"]}A{job["a_bits"]}', job['variant'], f'{psnr:.3f}', flush=True)
-    return rows
+        }  # fmt: skip
 
 
 def mean(values: list[float]) -> float:
@@ -219,11 +218,12 @@ def main() -> None:
         ]
         there = {key(row) for row in done}
         jobs = [job for job in jobs if key(job) not in there]
-        if jobs:
-            done += run(name, jobs, args, data)
+        for row in run(name, jobs, args, data) if jobs else ():
+            done.append(row)
             temporary = results.with_suffix('.tmp')
             temporary.write_text(''.join(json.dumps(row) + '\n' for row in done))
             temporary.replace(results)
+            print(*key(row), f'{row["psnr"]:.3f}', flush=True)
 
 
 if __name__ == '__main__':
