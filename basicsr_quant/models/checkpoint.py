@@ -19,6 +19,7 @@ from ..network.plan import Plan
 from ..network.sparsity_plan import SparsityPlan
 from ..network.surgery import quant_state, quantizers
 from ..random_state import preserved
+from ..sparsity.storage import pack_state, unpack_state
 from . import conventions
 
 
@@ -102,6 +103,8 @@ def network_file(path: str, content: Mapping[str, Any]) -> NetworkFile:
         raise QuantError(f'{path} holds no network; its entries are: {", ".join(map(str, content))}')
     entry = content.get('quant')
     plan = Plan.from_plain(entry['plan']) if entry else None
+    if entry and plan is not None and plan.sparsity is not None and entry.get('packed'):
+        states = {key: unpack_state(state, plan.sparsity, entry['packed'], path) for key, state in states.items()}
     return NetworkFile(path, states, plan, dict(entry.get('calibration', {})) if entry else {})
 
 
@@ -299,8 +302,22 @@ def load_teacher(file: NetworkFile, net: nn.Module, key: str | None) -> nn.Modul
     return net
 
 
-def save_network_file(path: str, states: Mapping[str, dict[str, Tensor]], plan: Plan, calibration: Any) -> None:
-    """Write a quantized network file in the host's format, whole or not at all."""
+def save_network_file(
+    path: str, states: Mapping[str, dict[str, Tensor]], plan: Plan, calibration: Any, packed: bool = False
+) -> None:
+    """Write a quantized network file in the host's format, whole or not at all.
+
+    Args:
+        path: Where to.
+        states: By entry, ``params`` and ``params_ema``.
+        plan: In force.
+        calibration: What it measured, plain data.
+        packed: Store of masked weights what the masks keep; such a file is read here like any other, for tests and
+            as a start, but holds too little to resume from.
+    """
     content: dict[str, Any] = {key: {k: v.cpu() for k, v in state.items()} for key, state in states.items()}
     content['quant'] = {'plan': plan.to_plain(), 'calibration': dict(calibration)}
+    if packed and plan.sparsity is not None:
+        for key in states:
+            content[key], content['quant']['packed'] = pack_state(content[key], plan.sparsity)
     atomic_save(content, path)

@@ -221,6 +221,11 @@ class QuantizedModelMixin:
         plan = masks_in_force(nets[0], self._run['plan'])
         checkpoint.save_network_file(path, states, plan, self._calibration)
         logger.info('Saved %s.', path)
+        if plan.sparsity is not None and label in ('latest', 'calibrated'):
+            packed = f'{path[: -len(".pth")]}_packed.pth'
+            checkpoint.save_network_file(packed, states, plan, self._calibration, packed=True)
+            sizes = [os.path.getsize(file) for file in (packed, path)]
+            logger.info('Saved %s, with what the masks keep: %s bytes of %s.', packed, *(f'{n:,}' for n in sizes))
         return None
 
     # -- testing ---------------------------------------------------------------------------------------------------

@@ -19,12 +19,16 @@ class SparseLayer:
         channels: Input channels of its weight (dimension 1, those of one group of a grouped convolution).
         macs: Multiply-accumulates of the dense layer on the image that the network was traced with.
         kept: N.
+        transposed: Whether the weight is stored as (in, out / groups, ...), as transposed convolutions do.
+        groups: Of the convolution.
     """
 
     layer: str
     channels: int
     macs: int
     kept: int
+    transposed: bool = False
+    groups: int = 1
 
     def density(self, group: int, kept: int | None = None) -> float:
         """Share of the weights that are kept, with another N if one is given."""

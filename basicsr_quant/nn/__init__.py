@@ -4,7 +4,7 @@ from .qconv import QuantConv1d, QuantConv2d, QuantConv3d, conv_per_sample
 from .qconv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from .qlinear import QuantLinear
 from .qproducts import QuantProducts, operands_of, quantized_products
-from .quant_layer import QuantLayer, dense_rows, stores_weight, weight_rows
+from .quant_layer import QuantLayer, dense_rows, stores_weight, swapped, weight_rows
 from .twins import twin_class
 from .weight_mask import GROUPS, PriorityMask, RefinedMask, SparsityModule, WeightMask, density, group_sizes, priorities
 
@@ -31,6 +31,7 @@ __all__ = [
     'priorities',
     'quantized_products',
     'stores_weight',
+    'swapped',
     'twin_class',
     'weight_rows',
 ]

@@ -54,14 +54,14 @@ class QuantLayer(nn.Module):
         quantized = self.weight_quantizer(rows)
         if self.weight_mask is not None:
             quantized = torch.where(self.weight_mask.keep(), quantized, rows)
-        return _swapped(quantized, self.groups) if getattr(self, 'transposed', False) else quantized  # type: ignore
+        return swapped(quantized, self.groups) if getattr(self, 'transposed', False) else quantized  # type: ignore
 
     @torch.no_grad()
     def bake_mask(self) -> Tensor:
         """Put the zeros into the weight and drop the mask; returns which of :func:`weight_rows` were kept."""
         assert self.weight_mask is not None
         keep, rows = self.weight_mask.keep(), weight_rows(self)
-        own = _swapped(rows, self.groups) if getattr(self, 'transposed', False) else rows  # type: ignore
+        own = swapped(rows, self.groups) if getattr(self, 'transposed', False) else rows  # type: ignore
         self.weight.copy_(own)  # type: ignore[operator]
         self.weight_mask = None
         return keep
@@ -80,7 +80,7 @@ def dense_rows(layer: Any) -> Tensor:
     That is the weight itself, (out, in / groups, ...), but for transposed convolutions, whose weight is
     (in, out / groups, ...).
     """
-    return _swapped(layer.weight, layer.groups) if getattr(layer, 'transposed', False) else layer.weight
+    return swapped(layer.weight, layer.groups) if getattr(layer, 'transposed', False) else layer.weight
 
 
 def stores_weight(layer: nn.Module) -> bool:
@@ -88,6 +88,6 @@ def stores_weight(layer: nn.Module) -> bool:
     return 'weight' in layer._parameters
 
 
-def _swapped(weight: Tensor, groups: int) -> Tensor:
+def swapped(weight: Tensor, groups: int) -> Tensor:
     """(groups x A, B, ...) to (groups x B, A, ...)."""
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)

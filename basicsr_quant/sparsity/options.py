@@ -71,7 +71,8 @@ class SparsityConfig:
         for name, module in found.items():
             why = self._why_dense(name, module, names, name in runs)
             if why is None:
-                layers.append(SparseLayer(name, dense_rows(module).shape[1], runs[name].macs, self.M))
+                kind = bool(getattr(module, 'transposed', False)), int(getattr(module, 'groups', 1))  # type: ignore
+                layers.append(SparseLayer(name, dense_rows(module).shape[1], runs[name].macs, self.M, *kind))
             else:
                 dense[name] = why
         if not layers:
