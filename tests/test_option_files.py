@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from basicsr_quant.config import read_config
+from basicsr_quant.sparsity import read_sparsity
 
 FOLDER = Path(__file__).parents[1] / 'options'
 FILES = sorted(FOLDER.glob('*.yml'))
@@ -33,6 +34,28 @@ def test_there_is_a_file_for_every_method_and_width():
     assert odm | baselines | mobile | {'EDSR_x4_W8A8_PAMS', 'EDSR_x4_FP32', 'EDSR_x2_FP32'} <= stems
 
 
+SPARSE = {
+    'EDSR_x4_SLS': 'sls', 'CARN_x4_SLS': 'sls', 'EDSR_x4_SLS_W4A4_ODM': 'sls', 'EDSR_x4_OneShot': 'one_shot',
+    'EDSR_x4_SRSTE': 'sr_ste',
+}  # fmt: skip
+
+
+@named([FOLDER / f'{stem}.yml' for stem in SPARSE])
+def test_sparsity_block_is_accepted_with_the_published_schedule(file):
+    opt = read(file)
+    config, train = read_sparsity(opt['sparsity']), opt['train']
+    assert (config.method, config.M, config.budget) == (SPARSE[file.stem], 32, 0.25)
+    assert (train['total_iter'], train['scheduler']['milestones']) == (300000, [200000])
+    data = opt['datasets']['train']
+    assert train['optim_g']['lr'] == 1e-4 and (data['batch_size_per_gpu'], data['gt_size']) == (16, 192)
+    assert {f.stem for f in FILES if 'sparsity' in read(f)} == set(SPARSE)
+
+
+@named([f for f in FILES if '_FP32' not in f.stem])
+def test_every_file_trains_something(file):
+    assert {'quant', 'sparsity'} & set(read(file))
+
+
 @named(FILES)
 def test_name_scale_and_network_agree(file):
     opt = read(file)
@@ -44,7 +67,7 @@ def test_name_scale_and_network_agree(file):
         assert f'X{scale}' in data['dataroot_lq'], 'LR images of another scale'
 
 
-@named([f for f in FILES if '_FP32' not in f.stem])
+@named([f for f in FILES if '_FP32' not in f.stem and 'quant' in read(f)])
 def test_quant_block_is_accepted_and_is_what_the_name_says(file):
     config = read_config(read(file)['quant'])
     _, bits, method = file.stem.rsplit('_', 2)
@@ -52,7 +75,7 @@ def test_quant_block_is_accepted_and_is_what_the_name_says(file):
     assert method.lower() == config.method.replace('_', '')
 
 
-OWN_SCHEDULE = ('CADyQ', 'DDTB', 'W2A2_DAQ')
+OWN_SCHEDULE = ('CADyQ', 'DDTB', 'W2A2_DAQ', *SPARSE)
 
 
 @named([f for f in FILES if f.stem.startswith('EDSR') and not f.stem.endswith(OWN_SCHEDULE)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from basicsr_quant import compat
 from basicsr_quant.cli import main
@@ -140,3 +141,26 @@ def test_a_file_with_other_masks_is_refused(
     capsys.readouterr()
     assert main(['test', '-opt', option_file(opt)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'stem', ['EDSR_x4_SLS', 'CARN_x4_SLS', 'EDSR_x4_SLS_W4A4_ODM', 'EDSR_x4_OneShot', 'EDSR_x4_SRSTE']
+)
+def test_shipped_files_run_with_small_networks_and_data(
+    stem: str, options: dict[str, Any], images: Path, option_file: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = yaml.safe_load((Path(__file__).parents[1] / 'options' / f'{stem}.yml').read_text())
+    small = {'num_feat': 8, 'upscale': 2, **({} if stem.startswith('CARN') else {'num_block': 2})}
+    opt = {**options, 'name': stem, 'network_g': {**shipped['network_g'], **small}, 'sparsity': shipped['sparsity']}
+    if 'quant' in shipped:
+        opt = quantized(opt, images)
+        opt['quant'] = {**shipped['quant'], 'calibration': opt['quant']['calibration']}
+    opt['train'] = {**options['train'], 'optim_g': shipped['train']['optim_g'], 'total_iter': 2}
+    opt['logger']['save_checkpoint_freq'] = 2
+    opt['datasets']['val'].pop('filename_tmpl', None)
+    assert main(['train', '-opt', option_file(opt)]) == 0
+    assert main(['test', '-opt', option_file(opt)]) == 0
+    found = json.loads(Path(f'results/{stem}/metrics.json').read_text())
+    assert found['sparsity']['method'] == shipped['sparsity']['method'] and found['datasets']['Val']['psnr'] > 0
+    assert len(found['sparsity']['layers']) == {'CARN': 31, 'EDSR': 6}[stem[:4]]

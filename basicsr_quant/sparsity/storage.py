@@ -1,9 +1,9 @@
 """N:M weights packed: the values that a mask keeps, and where they stand. Tensors in, tensors out, nothing is lost.
 
 A weight of rows (out, in, ...) goes row by row: for each output channel and kernel position its input channels, of
-which each group of M keeps min(N, size). The places are indices within the group of log2 M bits each, or one bit for each
-weight of the row, whichever takes less (:meth:`.SparseLayer.row_place_bits`); nothing where all are kept. Values are
-those of the file, in its number format; a packed file of a quantized network holds the trained weights, not codes.
+which each group of M keeps min(N, size). The places are indices within the group of log2 M bits each, or one bit for
+each weight of the row, whichever takes less (:meth:`.SparseLayer.row_place_bits`); nothing where all are kept. Values
+are those of the file, in its number format; a packed file of a quantized network holds the trained weights, not codes.
 """
 
 from __future__ import annotations
