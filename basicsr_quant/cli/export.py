@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
                         help='a file for one size of LQ image only, for networks that cannot leave it open')
     parser.add_argument('--members', type=int, default=3, help='files for bits that CADyQ chooses (default: 3)')
+    parser.add_argument('--triton', metavar='FOLDER', help='put the file into a model repository too, as Triton and '
+                        'OpenVINO Model Server load it')
     parser.add_argument('--images', type=int, default=5, help='images that parity is measured on (default: 5)')
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, option) < 1:
             raise QuantError(f'--{option} {getattr(args, option)}: a whole number of at least 1 is needed')
     raw = option_file.read(option_file.find(args.opt))
-    from ..deploy import export, family, family_files
+    from ..deploy import export, family, family_files, serving
     from ..deploy.onnx_file import check_opset, need
 
     check_opset(args.opset, args.engine)
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     block = raw.get('quant')
     if not _may_adapt(block):
         export.check_target(args.output, args.engine)
+    if args.triton:
+        serving.check_repository(args.triton, args.output)
     import basicsr_quant
 
     basicsr_quant.enable()
@@ -81,8 +85,9 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     if found is not None and len(found.bits) > 1:
-        if args.size:
-            raise QuantError('--size goes with one file; a family of files takes patches of any size')
+        if args.size or args.triton:
+            option = '--size' if args.size else '--triton'
+            raise QuantError(f'{option} goes with one file; this network becomes a family of files')
         from ..cost import counted_layers, trace_at
 
         counted = list(counted_layers(trace_at(net, scale=raw.get('scale', 1)), plan))
@@ -93,6 +98,11 @@ def run(args: argparse.Namespace) -> None:
     export.check_target(args.output, args.engine)
     done = export.export(net, plan, args.output, dynamic=not args.size, **common)
     print(f'{args.output}: {done.file_bytes:,} bytes, {weights / done.file_bytes:.1f}x less than the FP32 weights')
+    if args.triton:
+        sides = [None if not args.size else side for side in shape[2:]]
+        given = [None if done.plan.batched else 1, shape[1], *sides]
+        folder = serving.write_repository(args.triton, args.output, args.engine, given)
+        print(f'{folder}: config.pbtxt and 1/model{os.path.splitext(args.output)[1]}')
 
 
 def _may_adapt(block: Any) -> bool:

@@ -22,6 +22,7 @@ from .capture import IntegerPlan, integer_plan
 from .files import check_writable, write_bytes
 from .onnx_file import OPSET, check_opset, need, packed_onnx
 from .parity import Parity, ParityImage, measure
+from .tensorrt import check_tensorrt
 
 SUFFIXES = ('.onnx', '.xml')
 
@@ -97,6 +98,8 @@ def export(
     findings = [checker.check_onnxruntime(lowered, content)]
     if has_openvino:
         findings.append(checker.check_openvino(lowered, content))
+    if engine == 'tensorrt':
+        findings.append(check_tensorrt(model))
     for line in summary(lowered, parity, findings):
         report(line)
     parity.check(lowered, _bits(plan))

@@ -43,7 +43,8 @@ def lower(graph: fx.GraphModule, engine: str) -> list[NodeReport]:
     _merge(graph)
     if engine == 'onnxruntime':
         _repeat_behind_moves(graph)
-    _integer_biases(graph)
+    if engine != 'tensorrt':  # its DequantizeLinear takes no int32
+        _integer_biases(graph)
     graph.graph.eliminate_dead_code()
     reports = reports_of(graph, engine)
     if engine == 'onnxruntime':

@@ -81,13 +81,15 @@ def to_onnx(
 
 
 def packed_onnx(plan: IntegerPlan, opset: int = OPSET) -> Any:
-    """``plan`` as a checked ``onnx.ModelProto``; weights of up to 4 bits are stored as INT4.
+    """``plan`` as a checked ``onnx.ModelProto``; weights of up to 4 bits are stored as INT4, but for TensorRT,
+    whose parser takes no Cast of those.
 
     Raises:
         QuantError: if it cannot be translated.
     """
     model = to_onnx(plan.graph, plan.shape, dynamic=plan.dynamic, batched=plan.batched, opset=opset)
-    _pack(model, plan)
+    if plan.engine != 'tensorrt':
+        _pack(model, plan)
     import onnx
 
     onnx.checker.check_model(model)
