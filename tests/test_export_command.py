@@ -44,7 +44,10 @@ def test_a_calibrated_network_becomes_a_proven_file(here, tmp_path, capsys, imag
     file = here()
     assert main(['calibrate', '-opt', file]) == 0
     capsys.readouterr()
-    assert main(['export', '-opt', file, '-o', 'out/model.onnx', '--images', '2']) == 0
+    assert main(['export', '-opt', file, '-o', 'out/model.onnx', '--images', '2', '--triton', 'models']) == 0
+    served = tmp_path / 'models' / 'model'
+    assert (served / '1' / 'model.onnx').read_bytes() == (tmp_path / 'out' / 'model.onnx').read_bytes()
+    assert 'dims: [ 3, -1, -1 ]' in (served / 'config.pbtxt').read_text()
     said = capsys.readouterr().out
     assert '0.0000 % of 7680 values differ' in said and 'ONNX Runtime: 5 QLinearConv, 2 QLinearAdd, 1 Conv' in said
     card = json.loads((tmp_path / 'out' / 'model.json').read_text())

@@ -23,7 +23,7 @@ def check_repository(path: str, model: str) -> None:
         QuantError: naming it, or a name that servers do not take.
     """
     if not _NAME.fullmatch(Path(model).stem):
-        raise QuantError(f'--triton: a server would call it {Path(model).stem!r}; letters, digits, _ . and - are needed')
+        raise QuantError(f'--triton: a name of letters, digits, _ . and - is needed, not {Path(model).stem!r}')
     if Path(path).is_file():
         raise QuantError(f'--triton {path} is a file; give a folder')
     check_writable(Path(path), f'--triton {path}')
