@@ -180,12 +180,17 @@ def _to_input(model: nn.Module) -> Any:
 
 
 def _refuse_test_sets(runner: Any, dataset: Mapping[str, Any]) -> None:
+    folder, files = folder_of(dataset), dataset.get('ann_file') or ''
     for kind in ('val', 'test'):
         loaders = runner.cfg.get(f'{kind}_dataloader') or []
         for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
             other = loader.get('dataset') if isinstance(loader, Mapping) else None
-            if isinstance(other, Mapping) and folder_of(other) == folder_of(dataset) != 'the data set':
+            if not isinstance(other, Mapping) or folder == 'the data set' or folder_of(other) != folder:
+                continue
+            theirs = other.get('ann_file') or ''
+            if files == theirs or not (files and theirs):  # two lists may part a folder
+                listed = f', as {theirs} lists it' if files == theirs and files else ''
                 raise QuantError(
-                    f"quant['calibration']['dataset'] reads {folder_of(dataset)}, which is a data set of "
-                    f'{kind}_dataloader'
+                    f"quant['calibration']['dataset'] reads {folder}{listed}, which is a data set of "
+                    f'{kind}_dataloader; name other images, or set ann_file to a list of them'
                 )

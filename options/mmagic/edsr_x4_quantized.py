@@ -18,12 +18,8 @@ model = dict(
             scope='body',  # first and last layers and the up-sampler stay in floating point
             calibration=dict(
                 num_images=100,
-                dataset=dict(
-                    type='BasicImageDataset',
-                    metainfo=dict(dataset_type='div2k', task_name='sisr'),
-                    data_root='data/DIV2K',
-                    data_prefix=dict(img='DIV2K_train_LR_bicubic/X4_sub', gt='DIV2K_train_HR_sub'),
-                    pipeline=_base_.val_pipeline)))))
+                # the training images, whole; test sets of the base config share its folder and not its list
+                dataset=dict(_base_.train_dataloader.dataset, pipeline=_base_.val_pipeline)))))
 
 # 60k iterations, batch 8, lr 1e-4 halved every 15k, as in the papers; ranges learn at their method's multiple of it
 train_dataloader = dict(batch_size=8)

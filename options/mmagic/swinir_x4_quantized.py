@@ -18,12 +18,8 @@ model = dict(
             scope='body',
             calibration=dict(
                 num_images=100,
-                dataset=dict(
-                    type='BasicImageDataset',
-                    metainfo=dict(dataset_type='div2k', task_name='sisr'),
-                    data_root='data/DIV2K',
-                    data_prefix=dict(img='DIV2K_train_LR_bicubic/X4_sub', gt='DIV2K_train_HR_sub'),
-                    pipeline=_base_.val_pipeline)))))
+                # the training images, whole; test sets of the base config share its folder and not its list
+                dataset=dict(_base_.train_dataloader.dataset, pipeline=_base_.val_pipeline)))))
 
 train_cfg = dict(max_iters=60000)
 optim_wrapper = dict(constructor='QuantizedOptimWrapperConstructor', optimizer=dict(lr=1e-4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ import basicsr_quant.mmagic  # noqa: F401
 from basicsr_quant.errors import QuantError
 from basicsr_quant.mmagic.checkpoints import fit_checkpoint, save_network
 from basicsr_quant.mmagic.generator import run_of
+from basicsr_quant.mmagic.hooks import _refuse_test_sets
 from basicsr_quant.models.checkpoint import read_network_file, save_network_file
 from basicsr_quant.models.conventions import _basicsr_names
 
@@ -206,3 +209,18 @@ def test_two_processes_end_with_equal_ranges_and_weights(config, tmp_path):
     assert any(key.endswith('.unit') for key in first)
     for key in first:
         assert torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.parametrize(
+    ('mine', 'theirs', 'refused'),
+    [('', '', True), ('a.txt', 'a.txt', True), ('', 'b.txt', True), ('a.txt', '', True), ('a.txt', 'b.txt', False)],
+)
+def test_calibration_on_a_test_set_is_refused(mine, theirs, refused):
+    def dataset(files):
+        return {'data_root': 'data/DIV2K', 'data_prefix': {'img': 'LR', 'gt': 'HR'}, 'ann_file': files}
+
+    runner = SimpleNamespace(cfg={'test_dataloader': [{'dataset': dataset(theirs)}]})
+    expected = pytest.raises(QuantError, match=r'data/DIV2K/LR.* which is a data set of test_dataloader')
+    with expected if refused else contextlib.nullcontext():
+        _refuse_test_sets(runner, dataset(mine))
+    _refuse_test_sets(runner, {**dataset(mine), 'data_root': 'elsewhere'})
