@@ -366,3 +366,16 @@ def test_names_inside_a_plan_are_translated_too() -> None:
     assert calibration_of(file, net) == {
         'feature_scale': 0.5, 'choices': {'layer_bits': {'body.0.fusion': 1, 'conv_last': 0}, 'mean_bits': 4.5},
     }  # fmt: skip
+
+
+def test_quantizers_between_layers_are_renamed_by_their_site() -> None:
+    from basicsr_quant.models.conventions import adapt
+
+    kind, options, names, beside = FILES['RDN of MMagic']
+    net = build(kind, **options)
+    state = foreign(net, names, beside)
+    sites = {'rdbs-0/add-0': 'body-0/add-0', 'sfe1': 'conv_first', 'rdbs-1-lff': 'body-1-fusion', '/add-0': '/add-0'}
+    given = {**state, **{f'tensor_quantizers.{site}.lower': torch.zeros(()) for site in sites}}
+    own, project = adapt(net, given, 'file.pth')
+    assert project == 'MMagic'
+    assert set(own) == set(net.state_dict()) | {f'tensor_quantizers.{site}.lower' for site in sites.values()}

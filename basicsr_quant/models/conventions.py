@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..network.additions import CONTAINER
+from ..network.additions import CONTAINER, key_of
 from ..network.folding import unfolded_names
 from ..network.plan import Plan
+from ..network.scope import WEIGHT_LAYERS
 from .convention_tables import BASICSR_CLASSES, CONVENTIONS, Convention
 
 T = TypeVar('T')
@@ -41,6 +42,18 @@ def adapt(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[
         QuantError: for a file that follows a convention in part, listing what did not map; for one whose mean shifts
             differ from the network's; for one that is known to be of another network.
     """
+    inside = f'{CONTAINER}.'
+    found, project = _adapted(net, {n: t for n, t in state.items() if not n.startswith(inside)}, path)
+    sites = {name: tensor for name, tensor in state.items() if name.startswith(inside)}
+    if project is not None and sites:
+        theirs = {id(tensor): name for name, tensor in state.items()}
+        modules = _modules_of({theirs[id(tensor)]: own for own, tensor in found.items()})
+        sites = {inside + _moved_site(name[len(inside) :], modules): tensor for name, tensor in sites.items()}
+    return {**found, **sites}, project
+
+
+def _adapted(net: nn.Module, state: Mapping[str, Tensor], path: str) -> tuple[dict[str, Tensor], str | None]:
+    """:func:`adapt` but for the quantizers of tensors between layers, whose names hold those of modules."""
     own = unfolded_names(net) | set(net.state_dict())
     if _of_the_network(state) <= own:
         return dict(state), None
@@ -115,7 +128,11 @@ def adapt_plan(net: nn.Module, plan: Plan, path: str) -> Plan:
 def module_names(net: nn.Module, plan: Plan, path: str) -> dict[str, str]:
     """Modules by the names of a file's plan -> the names of ``net``; empty where the plan has those names already."""
     modules = dict(net.named_modules())
-    if all(layer.layer in modules for layer in plan):
+    kinds = {kind.__name__ for kind in WEIGHT_LAYERS}
+    # A name may be there for a module around the layer: BasicSR's `upsample.0` is `upsample.0.upsample_conv` in MMagic.
+    fitting = (m is not None and (layer.type not in kinds or hasattr(m, 'weight'))
+               for layer, m in ((layer, modules.get(layer.layer)) for layer in plan))  # fmt: skip
+    if all(fitting):
         return {}
     layers: dict[str, Any] = {f'{layer.layer}.weight': layer.layer for layer in plan}
     renamed: dict[str, Any] = adapt(net, layers, path)[0]  # tensors or not, only their names matter
@@ -158,6 +175,12 @@ def _known(name: str, modules: Mapping[str, str]) -> str | None:
 def _moved(name: str, modules: Mapping[str, str]) -> str:
     known = _known(name, modules)
     return name if known is None else modules[known] + name[len(known) :]
+
+
+def _moved_site(name: str, modules: Mapping[str, str]) -> str:
+    """The same for a tensor of a quantizer whose name is that of a site, as a module's name may be."""
+    site, _, rest = name.partition('.')
+    return f'{key_of(_moved(site.replace("-", "."), modules))}.{rest}'
 
 
 def _basicsr_names(net: nn.Module) -> dict[str, str]:

@@ -22,6 +22,7 @@ model = dict(
                 dataset=dict(_base_.train_dataloader.dataset, pipeline=_base_.val_pipeline)))))
 
 train_cfg = dict(max_iters=60000)
+val_cfg = dict(type='MultiValLoop')  # with the base config's ValLoop MMagic 1.2.0 stops at the first validation
 optim_wrapper = dict(constructor='QuantizedOptimWrapperConstructor', optimizer=dict(lr=1e-4))
 param_scheduler = dict(milestones=[15000, 30000, 45000])
 

@@ -21,6 +21,7 @@ from mmagic.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from runs import train
+from torch import nn
 
 import basicsr_quant.mmagic  # noqa: F401
 from basicsr_quant.errors import QuantError
@@ -29,6 +30,7 @@ from basicsr_quant.mmagic.generator import run_of
 from basicsr_quant.mmagic.hooks import _refuse_test_sets
 from basicsr_quant.models.checkpoint import read_network_file, save_network_file
 from basicsr_quant.models.conventions import _basicsr_names
+from basicsr_quant.network.surgery import floating_point
 
 register_all_modules()
 DefaultScope.get_instance('tests', scope_name='mmagic')
@@ -69,25 +71,33 @@ def randomized(model):
     return model
 
 
+@pytest.mark.parametrize('skip', ['fp', 'quantized'])
 @pytest.mark.parametrize('names', ['MMagic', 'BasicSR'])
-def test_a_quantized_file_of_either_host_loads_whole(config, tmp_path, names):
-    first, second, path = randomized(model_of(config())), model_of(config()), str(tmp_path / 'net_g.pth')
+def test_a_quantized_file_of_either_host_loads_whole(config, tmp_path, names, skip):
+    quant = {'method': 'mse', 'w_bits': 8, 'a_bits': 8, 'scope': 'all', 'skip': skip}
+    first, second, path = randomized(model_of(config(quant))), model_of(config(quant)), str(tmp_path / 'net_g.pth')
+    run_of(first.generator).calibration['choices'] = {'layer_bits': {'upsample.0.upsample_conv': 1}}
     save_network(first, path)
     if names == 'BasicSR':
         theirs = {own: name for name, own in _basicsr_names(first.generator).items()}
         file = read_network_file(path)
         layers = tuple(dataclasses.replace(p, layer=theirs[f'{p.layer}.weight'][: -len('.weight')]) for p in file.plan)
         assert 'upsample.0' in {layer.layer for layer in layers}
-        state = {theirs[key]: tensor for key, tensor in file.states['params'].items()}
-        plan = dataclasses.replace(file.plan, layers=layers)
-        save_network_file(path, {'params': state}, plan, file.calibration)
+        state = {theirs.get(key, key): tensor for key, tensor in file.states['params'].items()}
+        tensors = tuple(
+            dataclasses.replace(t, feeds=tuple(theirs[f'{name}.weight'][: -len('.weight')] for name in t.feeds))
+            for t in file.plan.tensors
+        )
+        plan = dataclasses.replace(file.plan, layers=layers, tensors=tensors)
+        choices = {'layer_bits': {'upsample.0': 1}}
+        save_network_file(path, {'params': state}, plan, {**file.calibration, 'choices': choices})
     content = torch.load(path, weights_only=True)
     fit_checkpoint(second, content, path)
     for key, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[key]), key
         assert key not in content['state_dict'] or torch.equal(tensor, content['state_dict'][key])
     assert run_of(second.generator).has_ranges
-    assert run_of(second.generator).calibration == {'feature_scale': 0.25, 'images': 3}
+    assert run_of(second.generator).calibration == run_of(first.generator).calibration
 
 
 def test_a_file_of_another_plan_or_network_is_refused(config, tmp_path):
@@ -177,38 +187,86 @@ def test_a_mistake_is_one_sentence_without_a_traceback(tmp_path):
 
 RANK = """
 import os, sys, torch, torch.distributed as dist
+import mmengine.model.wrappers.seperate_distributed as parts
 from mmagic.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.runner import Runner
 register_all_modules()
+wrapper = parts.MMDistributedDataParallel  # gets device_ids from the Runner, which torch refuses on the CPU
+parts.MMDistributedDataParallel = lambda module, device_ids=None, **rest: wrapper(module=module, **rest)
 dist.init_process_group('gloo')
-options = Config.fromfile(sys.argv[1])
-runner = Runner.from_cfg(options)
-runner.train()
-torch.save(runner.model.module.state_dict(), f'{sys.argv[2]}/rank{dist.get_rank()}.pth')
+for file in sys.argv[1:]:
+    runner = Runner.from_cfg(Config.fromfile(file))
+    runner.train()
+    torch.save(runner.model.module.state_dict(), f'{file}.{dist.get_rank()}.pth')
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_end_with_equal_ranges_and_weights(config, tmp_path):
-    options = config(crop=True, train_cfg={'max_iters': 2, 'val_interval': 9}, train_dataloader={'batch_size': 1})
-    wrapper = {'type': 'MMDistributedDataParallel', 'broadcast_buffers': False, 'device_ids': None}
-    Config({**options, 'model_wrapper_cfg': wrapper, 'launcher': 'pytorch'}).dump(str(tmp_path / 'config.py'))
+    """Under the wrapper of the whole model, and under that of each part, which the configs of options/mmagic name."""
+    small = {'crop': True, 'train_cfg': {'max_iters': 2, 'val_interval': 9}, 'train_dataloader': {'batch_size': 1}}
+    whole = {'type': 'MMDistributedDataParallel', 'broadcast_buffers': False, 'device_ids': None}
+    parts = Config.fromfile(str(OPTIONS / 'edsr_x4_quantized.py')).model_wrapper_cfg
+    cadyq = {'method': 'cadyq', 'w_bits': 8, 'a_bits': 8}
+    files = []
+    for number, (wrapper, quant) in enumerate(((whole, None), (parts, cadyq))):
+        options = {**config(quant, **small), 'model_wrapper_cfg': wrapper, 'launcher': 'pytorch'}
+        files.append(str(tmp_path / f'config{number}.py'))
+        Config({**options, 'experiment_name': f'ranks{number}'}).dump(files[-1])
     common = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29533'}
     ranks = [
         subprocess.Popen(
-            [sys.executable, '-c', RANK, str(tmp_path / 'config.py'), str(tmp_path)],
+            [sys.executable, '-c', RANK, *files],
             env={**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip
     for process in ranks:
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=480)
         assert process.returncode == 0, errors[-3000:]
-    first, second = (torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1))
-    assert any(key.endswith('.unit') for key in first)
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
+    for file in files:
+        first, second = (torch.load(f'{file}.{rank}.pth', weights_only=True) for rank in (0, 1))
+        assert any(key.endswith('.unit') for key in first)
+        for key in first:
+            assert torch.equal(first[key], second[key]), key
+
+
+class Normalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
+        self.body = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)) for _ in range(2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(self.first(x)))  # type: ignore[no-any-return]
+
+
+def test_batch_norms_of_the_averaged_copy_are_folded_as_it_is_loaded(tmp_path):
+    """Each network's own statistics go into its own convolutions."""
+    MODELS.register_module(module=Normalized, force=True)
+    quant = {'method': 'minmax', 'w_bits': 8, 'a_bits': 8, 'fold_bn': True, 'layers': {'body*': {'w_bits': 8}}}
+    model = nn.Module()
+    fp32, state = {}, {}
+    for name in ('generator', 'generator_ema'):
+        fp32[name] = randomize(Normalized())
+        state.update({f'{name}.{key}': value for key, value in fp32[name].state_dict().items()})
+        setattr(model, name, MODELS.build(
+            {'type': 'QuantizedNetwork', 'generator': {'type': 'Normalized'}, 'quant': quant}))  # fmt: skip
+    fit_checkpoint(model, {'state_dict': state}, 'file.pth')
+    image = torch.rand(1, 3, 8, 8)
+    for name, net in fp32.items():
+        ours = getattr(model, name)
+        assert not any('running_mean' in key for key in ours.state_dict())
+        with torch.no_grad(), floating_point(ours):
+            torch.testing.assert_close(ours.eval()(image), net.eval()(image), rtol=1e-4, atol=1e-4)
+
+
+def randomize(net: nn.Module) -> nn.Module:
+    for tensor in net.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    return net
 
 
 @pytest.mark.parametrize(

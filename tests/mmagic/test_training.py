@@ -102,10 +102,11 @@ def test_the_methods_figures_reach_the_log(config):
 def test_resuming_goes_on_as_if_never_stopped(config):
     # MMEngine goes on at the same place in the data but restores no random states: this pipeline draws nothing.
     options = config(train_cfg={'max_iters': 4, 'val_interval': 9})
+    options['custom_hooks'].append({'type': 'QuantizedEMAHook', 'module_keys': ('generator_ema',), 'interval': 1})
     whole = train(options)
     options['work_dir'] += '_2'
     resumed = train({**options, 'load_from': f'{whole.work_dir}/iter_2.pth', 'resume': True})
-    assert resumed.iter == 4
+    assert resumed.iter == 4 and 'generator_ema' in quantized_networks(resumed.model)
     assert_same(state(resumed), state(whole))
 
 
