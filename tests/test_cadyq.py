@@ -18,7 +18,7 @@ from basicsr_quant.methods.extra_loss import with_loss
 from basicsr_quant.network.integer_tensors import tensors_of
 from basicsr_quant.network.planning import LayerRule
 from basicsr_quant.network.surgery import quant_layers
-from basicsr_quant.quantizers import MaxAbsWeight, SelectedRange, SymmetricRange
+from basicsr_quant.quantizers import MaxAbsWeight, SelectedRange, SymmetricRange, fake_quantize
 
 
 def started(**settings):
@@ -144,6 +144,31 @@ def test_normalized_features_have_mean_zero_and_deviation_one():
         assert net._quant_context.bits[q.name].tolist() == [8.0] * 3  # weights are alike for all candidates
     q.normalize(torch.ones(3, 6))
     assert q.feature_std.tolist() == [1.0] * 6
+
+
+def test_candidates_may_start_where_their_rounding_errs_least():
+    settings = {'candidate_init': 'mse'}
+    method = method_of(plan_of(tiny(), 'cadyq', 8, options=settings))
+    net = quantize(tiny(), plan_of(tiny(), 'cadyq', 8, options=settings))
+    batches = [images(3, 12, seed) for seed in range(3)]
+    inputs: dict[str, list] = {}
+    method.calibrate(net, batches)
+    for q in selected(net):
+        q.register_forward_pre_hook(lambda q, x: inputs.setdefault(q.name, []).append(x[0]))
+    with torch.no_grad():
+        for batch in batches:
+            net.eval()(batch)
+    for q in selected(net):
+        x, bounds = torch.cat(inputs[q.name]), q.bounds(None)[1].detach()
+        assert bounds[0] < bounds[2] and q.alphas[2] == 1  # the highest keeps the calibrated one
+
+        def error(bound, bits, x=x):
+            grid = fake_quantize(x, -bound, bound, bits, zero_point='integer', narrow_range=True)
+            return float((grid - x).square().mean())
+
+        for bound, bits in zip(bounds[:2], (4, 6)):
+            least = min(error(share * bounds[2], bits) for share in torch.linspace(0.2, 1, 41))
+            assert error(bound, bits) <= 1.02 * least
 
 
 def with_tensors(method: str) -> tuple:

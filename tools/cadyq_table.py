@@ -8,9 +8,9 @@ Runs that are in the results already are not repeated.
     python tools/cadyq_table.py --table
 
 The published settings need 300,000 iterations. With some hundred, selectors read normalized features at a learning rate
-of their own (2e-2), the weight of the bit loss stands from the start, and bounds learn fast enough to shrink. The loss
-is the squared error: what PSNR measures, and what quantization adds to it grows with the gradient of a patch, while
-what it adds to L1 does not.
+of their own (2e-2), each candidate's bound starts where its rounding errs least, and the weight of the bit loss stands
+from the start. The loss is the squared error: what PSNR measures, and what quantization adds to it grows with the
+gradient of a patch, while what it adds to L1 does not.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def options(run: dict[str, Any], sets: list[str], data: Path, out: Path) -> tupl
         'path': {'pretrain_network_g': str(out / f'experiments/{first["name"]}/models/net_g_calibrated.pth')},
         'quant': {
             'method': 'cadyq', **quant, 'save_bits': True, 'calibration': {'num_images': 32, 'dataset': calib},
-            'cadyq': {'bit_weight': run['bit_weight'], 'normalize': True, 'selector_lr': 4000, 'range_lr': 800},
+            'cadyq': {
+                'bit_weight': run['bit_weight'], 'normalize': True, 'candidate_init': 'mse', 'selector_lr': 4000,
+                'range_lr': 100,
+            },
             'distill': {'teacher': 'start', 'loss': 'attention', 'layers': LAYERS[network]},
         },
         'train': {

@@ -16,6 +16,7 @@ from ..network.stages import Stages
 from ..network.surgery import quant_layers
 from ..quantizers import (
     MaxAbsWeight,
+    MSEObserver,
     NetworkMeasure,
     Observer,
     Quantizer,
@@ -46,6 +47,9 @@ class CADyQOptions(RangeOptions):
             (published: false). Features are positive, of the order of 10 to 100, and rise and fall together: what all
             images have in common then moves the choice faster than what tells them apart, which takes very long to
             learn. With it, and a selector's learning rate of about 1e-2, some hundred iterations do.
+        candidate_init: Where the bounds of the lower candidates start: ``shared``, at that of the highest (published),
+            or ``mse``, where each rounds its layer's inputs with the least squared error. A bound that suits 8 bits is
+            far too wide for 4, and learns its way there slowly.
         select_weights: Give a layer's weight the bits chosen for its input, image by image; off in the publication.
     """
 
@@ -55,6 +59,7 @@ class CADyQOptions(RangeOptions):
     bit_growth: float = option(1e-6, low=0.0)
     selector_lr: float = option(1.0, low=0.0)
     normalize: bool = option(False)
+    candidate_init: str = option('shared', choices=('shared', 'mse'))
     select_weights: bool = option(False)
 
 
@@ -154,25 +159,39 @@ class CADyQ(Method):
 
     @property
     def measures_start(self) -> bool:
-        return bool(self.options.normalize)
+        return self.options.normalize or self.options.candidate_init == 'mse'
 
     @torch.no_grad()
     def measure_start(self, net: nn.Module, batches: Iterable[Tensor]) -> None:
-        found: dict[str, list[Tensor]] = {name: [] for name in _selected(net)}
+        features: dict[str, list[Tensor]] = {name: [] for name in _selected(net)}
+        observers = {name: MSEObserver(symmetric=True, narrow_range=True) for name in features}
+
+        def look(name: str, quantizer: SelectedRange, x: Tensor) -> None:
+            if self.options.normalize:
+                features[name].append(quantizer.features(x))
+            if self.options.candidate_init == 'mse':
+                observers[name].update(x)
+
         handles = [
-            q.register_forward_pre_hook(lambda q, inputs, name=name: found[name].append(q.features(inputs[0])))
+            q.register_forward_pre_hook(lambda q, inputs, name=name: look(name, q, inputs[0]))
             for name, q in _selected(net).items()
         ]
+        reached: set[str] = set()
         try:
             with evaluating(net):
                 for batch in batches:
                     net(batch.to(next(net.parameters()).device))
+                    reached.update(net._quant_context.bits)  # type: ignore[arg-type, union-attr]
         finally:
             for handle in handles:
                 handle.remove()
         for name, q in _selected(net).items():
-            if found[name]:
-                q.normalize(torch.cat(found[name]))
+            if name in reached and self.options.normalize:
+                q.normalize(torch.cat(features[name]))
+            if name in reached and self.options.candidate_init == 'mse':
+                for index, bits in enumerate(self.candidates[:-1]):
+                    observers[name].bits = bits
+                    q.set_candidate(index, observers[name].range()[1])
 
     def _std_scale(self, feature_scale: float) -> float:
         return 1.0 if self.reference_compat else 1.0 / feature_scale

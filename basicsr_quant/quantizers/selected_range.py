@@ -83,6 +83,11 @@ class SelectedRange(RelativeRange):
         static.calibrated.copy_(self.calibrated)
         return static
 
+    @torch.no_grad()
+    def set_candidate(self, index: int, bound: Tensor) -> None:
+        """The bound of one candidate, in units of the input, at most that of the highest."""
+        self.alphas[index] = torch.minimum(bound.to(self.unit) / self.unit, self.alphas[-1]).clamp(min=_LEAST_BOUND)
+
     def range_parameters(self) -> list[nn.Parameter]:
         return [self.alphas]
 
