@@ -16,6 +16,7 @@ from ..models.checkpoint import (
     network_file,
     save_network_file,
 )
+from ..network.masking import masks_in_force
 from ..network.surgery import plan_in_force, quantizers
 from .generator import quantized_networks, run_of, the_quantized_network
 
@@ -52,13 +53,16 @@ def fit_checkpoint(
         if file.plan is not None:
             compare_plans(file, run.plan, net)
             run.calibration = calibration_of(file, net)
-            run.taken_over = file.plan.method != run.plan.method
+            run.taken_over = file.has_ranges(run.plan) and file.plan.method != run.plan.method
+            run.has_masks = file.plan.sparsity is not None
         load_state(net, own, key)
         ranges = tuple(f'{quantizer}.' for quantizer in quantizers(net))
-        run.has_ranges = file.plan is not None or any(k.startswith(ranges) for k in own.state(key)[1])
+        named = any(k.startswith(ranges) for k in own.state(key)[1])
+        run.has_ranges = named if file.plan is None else file.has_ranges(run.plan)
         run.start = entry.get('start') if resuming else path
         if file.plan is not None and run.method.chooses_bits:
             run.plan = plan_in_force(net, run.plan)
+        run.plan = masks_in_force(net, run.plan)
         state.update({f'{name}.{key}': tensor for key, tensor in net.state_dict().items()})
     checkpoint['state_dict'] = state
 
@@ -66,7 +70,8 @@ def fit_checkpoint(
 def quant_entry(net: nn.Module) -> dict[str, Any]:
     """What makes a checkpoint a quantized one, as plain data: the plan, what calibration measured, where it began."""
     run = run_of(net)
-    return {'plan': run.plan.to_plain(), 'calibration': dict(run.calibration), 'start': run.start}
+    plan = masks_in_force(net, run.plan)
+    return {'plan': plan.to_plain(), 'calibration': dict(run.calibration), 'start': run.start}
 
 
 def save_network(model: nn.Module, path: str) -> None:
@@ -80,4 +85,5 @@ def save_network(model: nn.Module, path: str) -> None:
     if averaged is not None:
         states['params_ema'] = averaged.state_dict()
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    save_network_file(path, states, run_of(net).plan, run_of(net).calibration)
+    run = run_of(net)
+    save_network_file(path, states, masks_in_force(net, run.plan), run.calibration)

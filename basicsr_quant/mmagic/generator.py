@@ -20,6 +20,7 @@ from ..network.plan import Plan
 from ..network.surgery import quantizers
 from ..network.trace import trace
 from ..report.plan_card import plan_card
+from ..sparsity import SparsityMethod, read_sparsity, sparsity_of
 
 
 @dataclasses.dataclass
@@ -34,6 +35,7 @@ class QuantRun:
         generator: Config of the network in floating point.
         scale: What the network enlarges images by.
         distilled: Module -> weight of its loss, for ``quant.distill``; empty without.
+        has_masks: Masks were ranked, or loaded.
         taken_over: The loaded checkpoint is of another method, which this one starts from.
         start: File that training starts from (``load_from``), which ``distill.teacher`` may name; resuming keeps it.
         seconds: Wall time of calibration by stage.
@@ -46,6 +48,7 @@ class QuantRun:
     distilled: dict[str, float] = dataclasses.field(default_factory=dict)
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
     has_ranges: bool = False
+    has_masks: bool = False
     taken_over: bool = False
     start: str | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -54,9 +57,15 @@ class QuantRun:
     def method(self) -> Method:
         return method_of(self.plan)
 
+    @property
+    def sparsity(self) -> SparsityMethod | None:
+        return None if self.plan.sparsity is None else sparsity_of(self.plan.sparsity)
+
 
 @MODELS.register_module()
-def QuantizedNetwork(generator: Mapping[str, Any], quant: Mapping[str, Any]) -> nn.Module:
+def QuantizedNetwork(
+    generator: Mapping[str, Any], quant: Mapping[str, Any] | None = None, sparsity: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Build ``generator``, plan it and replace its layers by quantized ones; tensor names stay.
 
     Registered in MMEngine's root registry, from which every project's falls back; the inner network is looked up in
@@ -66,11 +75,14 @@ def QuantizedNetwork(generator: Mapping[str, Any], quant: Mapping[str, Any]) -> 
         generator: Config of any network that takes one image tensor: EDSRNet, MSRResNet, RDNNet, SwinIRNet ...
         quant: The block of BasicSR's option files; ``calibration.dataset`` is a data set config of MMEngine. Whether a
             run trains is not known here: BatchNorm stays as it is unless ``fold_bn`` asks for it.
+        sparsity: The block of that name: N:M masks, with quantization or alone.
 
     Raises:
         QuantError: for anything in ``quant`` that is not as documented, and for a network that cannot be traced.
     """
-    config = read_config(plain(quant))
+    if quant is None and sparsity is None:
+        raise QuantError("QuantizedNetwork has neither quant=dict(method='odm', ...) nor sparsity=dict(...)")
+    config = read_config({'method': 'none'} if quant is None else plain(quant))
     if config.first_stage is not None:
         raise QuantError(
             'quant.first_stage is given; MMEngine trains one network in a run: train the first stage by a config of '
@@ -78,7 +90,7 @@ def QuantizedNetwork(generator: Mapping[str, Any], quant: Mapping[str, Any]) -> 
         )
     net: nn.Module = MODELS.build(generator)
     traced = trace(net)
-    plan = config.plan(net, traced, training=True)
+    plan = config.plan(net, traced, training=True, sparsity=read_sparsity(plain(sparsity)))
     run = QuantRun(config, plan, plain(generator), max(traced.output_shape[-1] // traced.input_shape[-1], 1))
     if config.distill is not None and plan.quantized:
         run.distilled = layer_weights(net, config.distill.layer_weights(), config.distill.weight)

@@ -17,8 +17,10 @@ from ..methods import copy_calibrated
 from ..methods.base import Training
 from ..methods.distillation import Distillation
 from ..methods.extra_loss import scale_extra_losses
+from ..network.masking import masks_in_force, start_masks
 from ..network.patches import Patchwise
 from ..network.surgery import quantizers
+from ..sparsity import SparseTraining
 from .calibration import calibrate, folder_of
 from .checkpoints import fit_checkpoint, quant_entry, save_network
 from .distillation import teacher_of
@@ -49,6 +51,7 @@ class RangeCalibrationHook(Hook):
     def __init__(self, log_interval: int = 100) -> None:
         self.log_interval = log_interval
         self._training: Training | None = None
+        self._sparse_training: SparseTraining | None = None
         self._distillation: Distillation | None = None
         self._wrapper: Any = None
         self._whole: nn.Module | None = None
@@ -111,18 +114,38 @@ class RangeCalibrationHook(Hook):
     def _calibrate_if_needed(self, runner: Any, train: Mapping[str, Any] | None, training: bool = False) -> bool:
         name, net = the_quantized_network(runner.model)
         follows = training and run_of(net).taken_over and run_of(net).method.measures_start
+        started = self._start_masks(net, training)
         if (run_of(net).has_ranges and not follows) or not quantizers(net):
-            return False
+            if started:
+                self._copy_to_average(runner, name, net)
+            return started
         config = run_of(net).config.calibration
         dataset = train if config is None or config.dataset is None else config.dataset
         if dataset is not None and (follows or run_of(net).method.needs_images):
             _refuse_test_sets(runner, dataset)
         calibrate(net, dataset, _to_input(runner.model), runner.seed)
+        self._copy_to_average(runner, name, net)
+        return True
+
+    def _start_masks(self, net: nn.Module, training: bool) -> bool:
+        run = run_of(net)
+        if run.sparsity is None or run.has_masks:
+            return False
+        if run.sparsity.learns and not training:
+            raise QuantError(
+                f'sparsity.method: {run.sparsity.name!r} learns its masks in training, but the checkpoint has none; '
+                'train first, or use one_shot'
+            )
+        start_masks(net)
+        run.plan, run.has_masks = masks_in_force(net, run.plan), True
+        return True
+
+    def _copy_to_average(self, runner: Any, name: str, net: nn.Module) -> None:
         averaged = quantized_networks(runner.model).get(f'{name}_ema')
         if averaged is not None:
             copy_calibrated(net, averaged, run_of(net).plan)
-            run_of(averaged).plan, run_of(averaged).has_ranges = run_of(net).plan, True
-        return True
+            own, run = run_of(averaged), run_of(net)
+            own.plan, own.has_ranges, own.has_masks = run.plan, run.has_ranges, run.has_masks
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -138,9 +161,11 @@ class RangeCalibrationHook(Hook):
         self._wrapper = wrapper_of(runner.optim_wrapper, name)
         optimizer = self._wrapper.optimizer
         check_groups(net, optimizer)
-        check_distribution(runner.model, run.method.leaves_parameters_unused)
+        parts = [part for part in (run.method, run.sparsity) if part is not None]
+        check_distribution(runner.model, any(part.leaves_parameters_unused for part in parts))
         scale = run.config.feature_scale or run.calibration.get('feature_scale', 1.0)
         self._training = run.method.attach(net, optimizer, scale)
+        self._sparse_training = run.sparsity.attach(net, optimizer) if run.sparsity is not None else None
         if teacher is not None and run.config.distill is not None:
             self._distillation = Distillation(net, teacher, run.distilled, run.config.distill.loss)
             source, loss = run.config.distill.teacher, run.config.distill.loss
@@ -154,11 +179,9 @@ class RangeCalibrationHook(Hook):
     ) -> None:
         scale_extra_losses(1.0)
         if self._training is not None and self.every_n_train_iters(runner, self.log_interval):
-            figures = dict(self._training.log())
-            if self._distillation is not None:
-                figures.update(self._distillation.log())
-            for key, value in figures.items():
-                runner.message_hub.update_scalar(f'train/{key}', value)
+            for source in (self._training, self._sparse_training, self._distillation):
+                for key, value in (source.log() if source is not None else {}).items():
+                    runner.message_hub.update_scalar(f'train/{key}', value)
 
 
 def _replace(model: nn.Module, module: nn.Module, other: nn.Module) -> None:

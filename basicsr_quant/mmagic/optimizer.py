@@ -31,7 +31,10 @@ class QuantizedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             return
         params[:] = _merged(params)
         for net in quantized_networks(module).values():
-            params[:] = run_of(net).method.parameter_groups(net, params, self.base_lr)
+            run = run_of(net)
+            params[:] = run.method.parameter_groups(net, params, self.base_lr)
+            if run.sparsity is not None:
+                params[:] = run.sparsity.parameter_groups(net, params, self.base_lr)
 
 
 def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor
 
 from ..cost import BitMeter, MeasuredBits, SizedTrace, cost_of, in_patches, trace_at
+from ..network.masking import masks_in_force
 from ..report.results import ResultWriter
 from .generator import QuantRun, run_of, the_quantized_network
 
@@ -76,6 +77,7 @@ class QuantizationReportHook(Hook):
             return
         _, net = the_quantized_network(runner.model)
         run = run_of(net)
+        run.plan = masks_in_force(net, run.plan)
         writer = ResultWriter(
             name=runner.cfg.get('experiment_name') or runner.experiment_name,
             method=run.plan.method,

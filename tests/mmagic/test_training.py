@@ -19,6 +19,7 @@ from basicsr_quant.errors import QuantError
 from basicsr_quant.methods import METHODS
 from basicsr_quant.mmagic import RangeCalibrationHook
 from basicsr_quant.mmagic.generator import quantized_networks, run_of
+from basicsr_quant.network.masking import masks
 from basicsr_quant.network.surgery import quantizers
 
 register_all_modules()
@@ -191,3 +192,29 @@ def test_checkpoints_hold_plain_data_of_ours(config):
     assert file['quant']['plan'] == content['quant']['plan']
     for key, value in file['params'].items():
         assert torch.equal(value, content['state_dict'][f'generator.{key}']), key
+
+
+SPARSITY = {'method': 'sls', 'M': 4, 'budget': 0.5}
+
+
+@pytest.mark.parametrize('quant', [{'method': 'mse', 'w_bits': 4, 'a_bits': 4}, {'method': 'none'}])
+def test_masks_are_learned_saved_and_averaged(config, quant):
+    options = config(quant, train_cfg={'max_iters': 4, 'val_interval': 4})
+    options['model']['generator']['sparsity'] = SPARSITY
+    options['custom_hooks'].append({'type': 'QuantizedEMAHook', 'module_keys': ('generator_ema',), 'interval': 1})
+    runner = train(options)
+    net = runner.model.generator
+    assert any(0 < line['density'] <= 1 for line in scalars(runner) if 'density' in line)
+    assert {layer.layer for layer in run_of(net).plan.sparsity.layers} == set(masks(net))
+    kept = [int(mask.kept) for mask in masks(net).values()]
+    file = torch.load(f'{runner.work_dir}/net_g_latest.pth', weights_only=True)
+    assert [layer['kept'] for layer in file['quant']['plan']['sparsity']['layers']] == kept
+    options['work_dir'] += '_2'
+    tested = runner_of({**options, 'load_from': f'{runner.work_dir}/net_g_latest.pth'})
+    tested.test()
+    assert [int(mask.kept) for mask in masks(tested.model.generator).values()] == kept
+
+    options['work_dir'] += '_3'
+    fresh = runner_of(options)
+    with pytest.raises(QuantError, match='learns its masks in training'):
+        fresh.test()
