@@ -164,10 +164,15 @@ def test_a_method_that_moves_all_weights_is_refused():
 # --------------------------------------------------------------------------------- methods x M x networks x quantizers
 
 
-@pytest.mark.parametrize('quant', [None, {'method': 'lsq', 'w_bits': 4, 'a_bits': 4}], ids=['fp', 'lsq W4A4'])
-@pytest.mark.parametrize('name', ['tiny', 'mixed'])
-@pytest.mark.parametrize('m', GROUPS)
-@pytest.mark.parametrize('method', SPARSITY)
+LSQ = {'method': 'lsq', 'w_bits': 4, 'a_bits': 4}
+TABLE = [(method, m, name, None) for method in SPARSITY for m in GROUPS for name in ('tiny', 'mixed')]
+TABLE += [(method, 8, 'mixed', LSQ) for method in SPARSITY]
+
+
+@pytest.mark.parametrize(
+    ('method', 'm', 'name', 'quant'), TABLE,
+    ids=[f'{method} M{m} {name}{" W4A4" * bool(quant)}' for method, m, name, quant in TABLE],
+)  # fmt: skip
 def test_after_training_every_group_keeps_n_of_m_and_the_budget_is_met(method, m, name, quant):
     net, plan = sparse(network(name), method, m, 0.6, quant, **(FAST if method == 'sls' else {}))
     Run(net, plan).steps(12)
@@ -284,9 +289,11 @@ def state_of(run: Run) -> dict[str, Any]:
     return copy.deepcopy({'net': run.net.state_dict(), 'optimizer': run.optimizer.state_dict()})
 
 
-@pytest.mark.parametrize('first', [2, 3, 9], ids=['while learning', 'between epochs', 'frozen'])
-@pytest.mark.parametrize('quant', [None, {'method': 'lsq', 'w_bits': 4, 'a_bits': 4}], ids=['fp', 'lsq W4A4'])
-@pytest.mark.parametrize('method', SPARSITY)
+@pytest.mark.parametrize(
+    ('method', 'quant', 'first'),
+    [('one_shot', None, 3), ('sr_ste', LSQ, 3), *(('sls', q, first) for q in (None, LSQ) for first in (2, 3, 9))],
+    ids=str,
+)
 def test_resume_is_exact_to_the_bit(method, quant, first):
     options = FAST if method == 'sls' else {}
     make = lambda: sparse(network('tiny'), method, 8, 0.4, quant, **options)  # noqa: E731
