@@ -64,6 +64,7 @@ def test_train_resume_and_test(quant: bool, sparse: dict[str, Any], images: Path
     assert cost['masked_macs'] < cost['macs'] and cost['masked_weight_bytes'] < cost['weight_bytes']
     assert [x['kept'] for x in metrics['sparsity']['layers']] == [int(v) for v in kept]
     assert any('engines: none has kernels' in note for note in cost['notes'])
+    assert any('of these the masks keep' in line and 'bytes with their places' in line for line in said)
     assert '## Sparsity' in Path('results/whole/metrics.md').read_text()
 
 

@@ -41,6 +41,11 @@ def summary(datasets: Mapping[str, dict[str, Any]], cost: Cost | None) -> str:
             f'({_ratio(cost.bitops, cost.float_bitops)} of floating point), weights {tables.cell(cost.weight_bytes)} '
             f'bytes ({_ratio(cost.weight_bytes, cost.float_weight_bytes)})'
         )
+        if cost.masked_macs is not None and cost.masked_weight_bytes is not None:
+            lines.append(
+                f'of these the masks keep {_cut(cost.masked_macs)} MACs ({_ratio(cost.masked_macs, cost.macs)}) and '
+                f'{tables.cell(cost.masked_weight_bytes)} bytes with their places'
+            )
     return '\n'.join(lines)
 
 
