@@ -16,12 +16,13 @@ from ..errors import QuantError
 from ..network.patches import Patchwise
 from ..network.plan import Plan
 from . import engines
+from .compare_files import bits_of_router
 from .export import export, versions
 from .family import Family, frozen
 from .files import check_writable, write_bytes
 from .loading import Loaded, load_file
 from .onnx_file import OPSET
-from .parity import ParityImage
+from .parity import ParityImage, switched_off
 from .router import Router
 
 MANIFEST = 'family.json'
@@ -83,7 +84,7 @@ def export_family(
     temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     total = len(family.bits)
     try:
-        members, files = [], []
+        members, files, left_out = [], [], []
         for number, bits in enumerate(family.bits, 1):
             twin, plan_of_member = frozen(net, bits, plan)
             by_layer = {layer.layer: layer.a_bits for layer in plan_of_member}
@@ -95,6 +96,7 @@ def export_family(
                 engine=engine, opset=opset, facts=facts, report=report,
             )  # fmt: skip
             files.append(file)
+            left_out = done.plan.left_out
             members.append({'file': file.name, 'fab': fab, 'bytes': done.file_bytes, 'bits': dict(bits)})
         router = _router(files, members, family.thresholds, engine, None)[0]
         manifest = {
@@ -105,7 +107,7 @@ def export_family(
             'router': {'measure': 'complexity', 'thresholds': list(family.thresholds), 'rule': family.rule},
             'agreement': None if family.agreement is None else vars(family.agreement),
             'members': members,
-            'parity': _whole(net, router, images, source, psnr, counted, patch),
+            'parity': _whole(net, router, images, source, psnr, counted, patch, left_out),
             'note': NOTE,
             'versions': versions(),
         }
@@ -170,29 +172,36 @@ def _router(
 def _whole(
     net: nn.Module, router: Router, images: Sequence[ParityImage], source: str,
     psnr: Callable[[Tensor, Any], float], counted: Sequence[str], patch: tuple[int, int] | None,
+    left_out: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """PSNR and FAB of the adaptive network in PyTorch and of its family in the engine."""
-    fabs: list[float] = []
+    """PSNR and FAB of the adaptive network in PyTorch, without what the engine leaves out, and of its family there."""
+    passes: list[float] = []
     context: Any = net._quant_context
     planned = {name: float(getattr(net.get_submodule(name).input_quantizer, 'num_bits', 0)) for name in counted}
 
     def adaptive(image: Tensor) -> Tensor:
-        output = net(image)
+        with switched_off(net, left_out):
+            output = net(image)
         bits = {**planned, **{name: float(found.mean()) for name, found in context.bits.items()}}
-        fabs.append(sum(bits[name] for name in counted) / max(1, len(counted)))
+        passes.append(sum(bits[name] for name in counted) / max(1, len(counted)))
         return output  # type: ignore[no-any-return]
 
     levels: dict[str, list[float]] = {'test': [], 'family': []}
+    fabs: dict[str, list[float]] = {'test': [], 'family': []}
+    routed = bits_of_router(router)
     for item in images:
+        passes.clear()
         for name, run in (('test', adaptive), ('family', router)):
             output = in_patches(run, patch)(item.image)
             if item.truth is not None:
                 levels[name].append(psnr(output, item.truth))
+        fabs['test'].append(sum(passes) / len(passes))
+        fabs['family'].append(routed())
     return {
         'images': source,
         'count': len(images),
         'psnr': {name: sum(found) / len(found) if found else None for name, found in levels.items()},
-        'fab': {'test': sum(fabs) / max(1, len(fabs)), 'family': router.mean_bits},
+        'fab': {name: sum(found) / len(found) for name, found in fabs.items()},
     }
 
 
