@@ -119,7 +119,8 @@ class Evaluation:
         folder = os.path.join(os.path.dirname(self.opt['path']['visualization']), 'bits')
         write_patch_bits(os.path.join(folder, f'{self._dataset}.csv'), patches)
         mean = sum(p.fab for p in patches) / len(patches)
-        title = f'{self._dataset}, {self.run["plan"].method}: share of {len(patches)} patches, mean {mean:.2f} bits'
+        count = f'share of {len(patches)} patches, their mean {mean:.2f} bits'
+        title = f'{self._dataset}, {self.run["plan"].method}: {count}'
         imwrite(draw_layer_chart(layer_shares(patches), title), os.path.join(folder, f'{self._dataset}.png'))
         found = rank_correlation([p.gradient for p in patches], [p.fab for p in patches])
         if found is not None:
