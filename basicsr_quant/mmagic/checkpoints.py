@@ -49,12 +49,12 @@ def fit_checkpoint(
     for name, net in networks.items():
         run = run_of(net)
         key = 'params_ema' if name.endswith('_ema') else 'params'
-        own = adopted(file, net, run.plan, key)
         if file.plan is not None:
             compare_plans(file, run.plan, net)
             run.calibration = calibration_of(file, net)
             run.taken_over = file.has_ranges(run.plan) and file.plan.method != run.plan.method
             run.has_masks = file.plan.sparsity is not None
+        own = adopted(file, net, run.plan, key)
         load_state(net, own, key)
         ranges = tuple(f'{quantizer}.' for quantizer in quantizers(net))
         named = any(k.startswith(ranges) for k in own.state(key)[1])

@@ -106,6 +106,9 @@ def test_a_file_of_another_plan_or_network_is_refused(config, tmp_path):
     other = model_of(config({'method': 'odm', 'w_bits': 3, 'a_bits': 4}))
     with pytest.raises(QuantError, match=r"layer 'body.0.conv1' at W4A4, the option file has it W3A4"):
         fit_checkpoint(other, torch.load(path, weights_only=True), path)
+    pams = model_of(config({'method': 'pams', 'w_bits': 4, 'a_bits': 4}))
+    with pytest.raises(QuantError, match=r"made with quant.method 'odm', the option file says 'pams'"):
+        fit_checkpoint(pams, torch.load(path, weights_only=True), path)
     wider = config()
     wider['model']['generator']['generator']['mid_channels'] = 6
     with pytest.raises(QuantError, match='is not of this network'):
