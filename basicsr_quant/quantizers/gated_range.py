@@ -29,7 +29,8 @@ class BoundGate(nn.Module):
 
     Deviations from the published code: it detaches the quantized inputs, so that its first layer and BatchNorm never
     learn, and takes the extremes over the batch, so that an image's bounds depend on its neighbours. A batch of one
-    image trains with the running statistics, where the published BatchNorm fails.
+    image trains with the running statistics, where the published BatchNorm fails. In distributed training each rank
+    has the statistics of its own batches, as with any BatchNorm, and the first one's are saved.
 
     Args:
         channels: Channels C of the layer's input.
