@@ -40,6 +40,11 @@ def saved(name: str, label: Any = 'latest') -> dict[str, Any]:
 
 @pytest.mark.parametrize('quant', [False, True], ids=['alone', 'with quant'])
 def test_train_resume_and_test(quant: bool, sparse: dict[str, Any], images: Path, option_file: Any, said: Any) -> None:
+    compat.apply()
+    from basicsr_quant.models.preparation import build_float
+
+    torch.save({'params': build_float(sparse['network_g']).state_dict()}, 'fp32.pth')
+    sparse['path']['pretrain_network_g'] = 'fp32.pth'
     opt = quantized(sparse, images) if quant else sparse
     whole = {**copy.deepcopy(opt), 'name': 'whole'}
     assert main(['train', '-opt', option_file(whole)]) == 0
@@ -59,6 +64,7 @@ def test_train_resume_and_test(quant: bool, sparse: dict[str, Any], images: Path
     assert found['method'] == 'sls' and [x['kept'] for x in found['layers']] == [int(v) for v in kept]
     assert main(['test', '-opt', option_file(whole)]) == 0
     metrics = json.loads(Path('results/whole/metrics.json').read_text())
+    assert metrics['checkpoint'].endswith('experiments/whole/models/net_g_latest.pth')
     assert metrics['sparsity']['share'] <= 0.5 and metrics['method'] == ('lsq' if quant else 'none')
     cost = metrics['cost']
     assert cost['masked_macs'] < cost['macs'] and cost['masked_weight_bytes'] < cost['weight_bytes']
@@ -113,9 +119,9 @@ def test_refused_before_anything_is_written(
     command: str, change: dict[str, Any], said: str, sparse: dict[str, Any], images: Path, option_file: Any,
     capsys: Any,
 ) -> None:  # fmt: skip
+    compat.apply()
     from basicsr_quant.models.preparation import build_float
 
-    compat.apply()
     torch.save({'params': build_float(sparse['network_g']).state_dict()}, 'fp32.pth')
     sparse['path']['pretrain_network_g'] = 'fp32.pth'
     sparse['sparsity'].update(change)

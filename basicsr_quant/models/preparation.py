@@ -154,7 +154,8 @@ def choose_checkpoint(
         return asked, _averaged(asked, raw), '--checkpoint'
     own = [os.path.join(experiment, 'models', f'net_g_{label}.pth') for label in ('latest', 'calibrated')]
     own = sorted((p for p in own if os.path.isfile(p)), key=os.path.getmtime)
-    if own and not (plan.method == 'none' and given is not None):
+    untouched = plan.method == 'none' and plan.sparsity is None
+    if own and not (untouched and given is not None):
         return own[-1], _averaged(own[-1], raw), "the experiment's own"
     if given is None:
         raise QuantError(
