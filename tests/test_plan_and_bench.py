@@ -63,6 +63,27 @@ def test_bench_of_a_calibration(file: str, capsys: Any, monkeypatch: Any) -> Non
         assert float(ratio) > 0
 
 
+@pytest.mark.slow
+def test_bench_of_every_engine(file: str, capsys: Any, monkeypatch: Any) -> None:
+    for package in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(package)
+    from basicsr_quant.deploy import bench
+
+    monkeypatch.setattr(bench, '_compiled', lambda net, image, report: None)  # asks for a C++ compiler
+    monkeypatch.setattr(bench, 'has_int8_instructions', lambda: False)
+    monkeypatch.setenv('PYTHONPATH', str(Path(compat.__file__).parents[2]))
+    assert main(['bench', '-opt', file, '--deploy', '--size', '24', '32', '--rounds', '1', '--threads', '1']) == 0
+    out = capsys.readouterr().out
+    assert 'WARNING: this processor has no VNNI' in out and 'input 1x3x24x32' in out
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in out.splitlines() if line.startswith('| ')]
+    kinds = {(row[0], row[1]) for row in rows}
+    assert {('PyTorch eager', 'fp32'), ('ONNX Runtime', 'fp32'), ('ONNX Runtime', 'int8')} <= kinds
+    cells = {(row[0], row[1]): row for row in rows}
+    plain, own = cells['ONNX Runtime', 'fp32'], cells['ONNX Runtime', 'int8']
+    assert int(own[6].replace(',', '')) < int(plain[6].replace(',', '')) and int(own[7]) >= 0
+    assert 1 <= float(own[4].rstrip('x')) <= 4 and plain[4] == '-'
+
+
 @pytest.mark.parametrize('count', ['0', '-3'])
 def test_bench_needs_an_image(count: str, file: str, capsys: Any) -> None:
     assert main(['bench', '-opt', file, '--methods', 'minmax', '--calibration', count]) == 2
