@@ -17,7 +17,7 @@ from basicsr_quant.cost import cost
 from basicsr_quant.errors import QuantError
 from basicsr_quant.methods import METHODS, method_of, quantize
 from basicsr_quant.methods.ddtb import ExtremesObserver
-from basicsr_quant.network.additions import tensors_of
+from basicsr_quant.network.integer_tensors import tensors_of
 from basicsr_quant.network.planning import LayerRule
 from basicsr_quant.network.surgery import quant_layers
 from basicsr_quant.network.trace import trace
