@@ -5,7 +5,7 @@
 
 Weights are ``<name>.pth`` in ``weights/`` of BASICSR_QUANT_DATA or in FOLDER. PSNR is then that of ``basicsr test`` on
 Set5. A network without a file has random weights (seed 0), and its PSNR is the one of its quantized output against its
-own FP32 output, over the range of that, on crops of Set5 (64x64 by default). Calibration: the first crops in
+own FP32 output, over the range of that, on crops of Set5 (32x32 by default). Calibration: the first crops in
 ``calib/`` of BASICSR_QUANT_DATA. Seconds are of the processor, on one thread. Runs that are there are not repeated.
 """
 
@@ -36,6 +36,7 @@ from basicsr_quant.methods import calibrate, quantize  # noqa: E402
 from basicsr_quant.models.checkpoint import load_state, read_network_file  # noqa: E402
 from basicsr_quant.models.deployment import psnr_of  # noqa: E402
 from basicsr_quant.models.preparation import build_float  # noqa: E402
+from basicsr_quant.network.scope import weight_layers  # noqa: E402
 from basicsr_quant.network.trace import trace  # noqa: E402
 from basicsr_quant.report.tables import markdown  # noqa: E402
 
@@ -97,11 +98,19 @@ def build(name: str, weights: Path | None, out: Path) -> nn.Module:
         path = weights or out / f'{name}_random.pth'
         if weights is None:
             options.pop('type')
-            torch.save(getattr(getattr(spandrel.architectures, kind), kind)(**options).state_dict(), path)
+            torch.save(randomized(getattr(getattr(spandrel.architectures, kind), kind)(**options)).state_dict(), path)
         return build_float({'type': 'Spandrel', 'path': str(path)}).eval()
     net = build_float(options).eval()
-    if weights is not None:
-        load_state(net, read_network_file(str(weights)), 'params')
+    if weights is None:
+        return randomized(net)
+    load_state(net, read_network_file(str(weights)), 'params')
+    return net
+
+
+def randomized(net: nn.Module) -> nn.Module:
+    """Weights of deviation 1 / sqrt(fan_in): the defaults of some networks leave their body without effect."""
+    for layer in weight_layers(net).values():
+        nn.init.kaiming_normal_(layer.weight, nonlinearity='linear')
     return net
 
 
@@ -195,8 +204,8 @@ def main() -> None:
     parser.add_argument('--bits', nargs='+', default=['8,8', '4,4'], metavar='W,A')
     parser.add_argument('--scopes', nargs='+', choices=SCOPES, default=['body'])
     parser.add_argument('--images', type=int, default=8, help='calibration images')
-    parser.add_argument('--tests', type=int, default=5, help='test images, for random weights')
-    parser.add_argument('--crop', type=int, default=64, help='their side, for random weights')
+    parser.add_argument('--tests', type=int, default=3, help='test images, for random weights')
+    parser.add_argument('--crop', type=int, default=32, help='their side, for random weights')
     parser.add_argument('--weights', type=Path, help='folder of more weights')
     parser.add_argument('--out', type=Path, default=Path('networks'))
     parser.add_argument('--table', action='store_true', help='print the table of what is there and stop')
