@@ -150,16 +150,16 @@ def options(run: dict[str, Any], data: Path, pairs: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_pairs(data: Path, folder: Path) -> None:
-    """HR images of even size and their LR images from the training photographs, once."""
+def make_pairs(data: Path, folder: Path, scale: int = 2) -> None:
+    """HR images of fitting size and their LR images from the training photographs, once."""
     import cv2
 
     from basicsr_quant.data.bicubic import crop_to_multiple, low_resolution
 
     for source in sorted((data / 'train/div2k_x4down100').glob('*.png')):
-        hr = crop_to_multiple(cv2.imread(str(source)), 2)
-        for kind, image in (('HR', hr), ('LR', low_resolution(hr, 2))):
-            target = folder / kind / f'{source.stem}{"x2" if kind == "LR" else ""}.png'
+        hr = crop_to_multiple(cv2.imread(str(source)), scale)
+        for kind, image in (('HR', hr), ('LR', low_resolution(hr, scale))):
+            target = folder / kind / f'{source.stem}{f"x{scale}" if kind == "LR" else ""}.png'
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 cv2.imwrite(str(target), image)
