@@ -12,20 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop
 
 from ..nn import operands_of
 from ..quantizers.quantizer import Quantizer
 from .dataflow import Call, DataFlow
+from .formulas import formula_of
 from .nonnegative import MOVES, NonNegativeTensors, names, operator_name, tensors_in
 from .scope import WEIGHT_LAYERS
 
-# The CPU kernel of attention, which torch's own table of formulas leaves out.
-_MORE_FORMULAS = {
-    getattr(torch.ops.aten, name): sdpa_flop
-    for name in ('_scaled_dot_product_flash_attention_for_cpu',)
-    if hasattr(torch.ops.aten, name)
-}
 # What fills, moves or looks at memory, beside views.
 _NO_ARITHMETIC = MOVES | names("""
     zeros ones zeros_like ones_like new_zeros new_ones zero empty empty_like new_empty empty_strided fill full full_like
@@ -113,7 +107,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket) or _MORE_FORMULAS.get(func._overloadpacket)
+        formula = formula_of(func)
         if formula is None and torch.is_inference_mode_enabled():  # there composite operators arrive whole
             with self:
                 out = func.decompose(*args, **kwargs)
