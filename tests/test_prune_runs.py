@@ -78,7 +78,7 @@ def test_the_onnx_file_needs_no_package_of_ours(pruned: Any) -> None:
 @pytest.mark.parametrize(
     ('change', 'said'),
     [
-        ({'sparsity': {'method': 'sls'}}, "sparsity.method: 'sls' given"),
+        ({'sparsity': {'method': 'sls'}}, "'sls' masks weights while it trains; run `basicsr train`"),
         ({'sparsity': None}, 'sparsity.method is missing'),
         ({'path': {}}, 'path.pretrain_network_g is missing'),
         ({'path': {'pretrain_network_g': 'nothing.pth'}}, 'nothing.pth'),

@@ -20,7 +20,8 @@ def _table() -> dict[Any, Callable[..., int]]:
     if hasattr(flop_counter, 'flop_registry'):
         return {**dict.fromkeys(_ATTENTION, flop_counter.sdpa_flop), **flop_counter.flop_registry}
     # torch 2.1: formulas of shapes, not of tensors
-    shapes = {**dict.fromkeys(_ATTENTION, flop_counter.sdpa_flop), **flop_counter.flop_mapping}
+    published: dict[Any, Any] = vars(flop_counter)['flop_mapping']
+    shapes = {**dict.fromkeys(_ATTENTION, flop_counter.sdpa_flop), **published}
     return {operator: _of_tensors(formula) for operator, formula in shapes.items()}
 
 

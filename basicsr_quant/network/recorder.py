@@ -174,6 +174,9 @@ def _hooks(net: nn.Module, recorder: _Recorder) -> Iterator[None]:
 @contextmanager
 def _plain_attention() -> Iterator[None]:
     """Without the fused attention block, an operator of its own that no formula is known for."""
+    if not hasattr(torch.backends, 'mha'):  # torch 2.1
+        yield
+        return
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

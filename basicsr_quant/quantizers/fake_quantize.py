@@ -12,6 +12,8 @@ from torch.nn import Parameter
 Bits = Union[int, float, Tensor]
 
 _LN2 = math.log(2.0)
+# torch 2.1 has it elsewhere
+_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 
 
 def num_steps(bits: Bits, narrow_range: bool = False) -> float | Tensor:
@@ -198,7 +200,7 @@ def _quantize(x: Tensor, step: Tensor, whole: Tensor, fraction: Tensor | None, n
 
 def _is_scalar_case(x: Tensor, lower: Tensor, upper: Tensor, bits: Bits) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        not _is_compiling()
         and type(x) in (Tensor, Parameter)  # not a tensor that only stands for one, such as FakeTensor
         and x.device.type == 'cpu'
         and x.dtype == torch.float32
@@ -212,7 +214,7 @@ def _is_sample_case(x: Tensor, lower: Tensor, upper: Tensor, bits: Bits) -> bool
     """One range and bits of their own for each sample, (N, 1, ..., 1): as many scalar cases."""
     samples = (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else ()
     return (
-        not torch.compiler.is_compiling()
+        not _is_compiling()
         and type(x) in (Tensor, Parameter)
         and x.device.type == 'cpu'
         and x.dtype == torch.float32

@@ -62,6 +62,8 @@ def read_filter_pruning(block: Any) -> FilterPruning:
     """
     method: Any = block.get('method') if isinstance(block, Mapping) else None
     if method not in FILTER_METHODS:
+        if method in ('sls', 'one_shot', 'sr_ste'):
+            raise QuantError(f'sparsity.method: {method!r} masks weights while it trains; run `basicsr train`')
         said = ' is missing' if method is None else f': {method!r} given{nearest(str(method), FILTER_METHODS)}'
         raise QuantError(f'sparsity.method{said}; `basicsr prune` takes {" | ".join(FILTER_METHODS)}')
     for other in FILTER_METHODS:

@@ -130,8 +130,8 @@ def read_sparsity(block: Any) -> SparsityConfig | None:
             f'option file that it writes, or use {known} here'
         )
     if method not in SPARSITY:
-        said = ' is missing' if method is None else f': {method!r} given{nearest(method, SPARSITY)}'
-        raise QuantError(f'sparsity.method{said}, allowed: {known}')
+        said = ' is missing' if method is None else f': {method!r} given{nearest(method, (*SPARSITY, *FILTER_METHODS))}'
+        raise QuantError(f'sparsity.method{said}, allowed: {known}; with `basicsr prune`: {" | ".join(FILTER_METHODS)}')
     for other in SPARSITY:
         if other in block and other != method:
             raise QuantError(f'sparsity.{other} is given, but sparsity.method is {method!r}')
