@@ -10,6 +10,7 @@ import yaml
 
 from basicsr_quant.config import read_config
 from basicsr_quant.sparsity import read_sparsity
+from basicsr_quant.sparsity.filter_options import read_filter_pruning
 
 FOLDER = Path(__file__).parents[1] / 'options'
 FILES = sorted(FOLDER.glob('*.yml'))
@@ -48,7 +49,15 @@ def test_sparsity_block_is_accepted_with_the_published_schedule(file):
     assert (train['total_iter'], train['scheduler']['milestones']) == (300000, [200000])
     data = opt['datasets']['train']
     assert train['optim_g']['lr'] == 1e-4 and (data['batch_size_per_gpu'], data['gt_size']) == (16, 192)
-    assert {f.stem for f in FILES if 'sparsity' in read(f)} == set(SPARSE)
+    assert {f.stem for f in FILES if 'sparsity' in read(f)} == {*SPARSE, *PRUNED}
+
+
+PRUNED = ('SRResNetBN_x4_BNFilter',)
+
+
+@named([FOLDER / f'{stem}.yml' for stem in PRUNED])
+def test_pruning_block_is_accepted(file):
+    assert read_filter_pruning(read(file)['sparsity']).method == 'bn_filter'
 
 
 @named([f for f in FILES if '_FP32' not in f.stem])
