@@ -85,14 +85,14 @@ def work(run: dict[str, Any], args: argparse.Namespace, data: Path) -> dict[str,
     found = {**run, 'before': psnr(pruned, args), 'widths': widths}
     if run['iters']:
         call(['train', '-opt', str(pruned)], args)
-        found['after'] = psnr(pruned, args)
+        found['after'] = psnr(pruned, args, '--checkpoint', f'experiments/{name}_pruned/models/net_g_latest.pth')
     cost = json.loads((args.out / 'results' / f'{name}_pruned' / 'metrics.json').read_text())['cost']
     size = (args.out / f'{name}.onnx').stat().st_size
     return {**found, 'macs': cost['macs'], 'weight_bytes': cost['weight_bytes'], 'onnx_bytes': size}
 
 
-def psnr(file: Path, args: argparse.Namespace) -> dict[str, float]:
-    call(['test', '-opt', str(file)], args)
+def psnr(file: Path, args: argparse.Namespace, *checkpoint: str) -> dict[str, float]:
+    call(['test', '-opt', str(file), *checkpoint], args)
     found = json.loads((args.out / 'results' / file.stem / 'metrics.json').read_text())
     return {name: entry['psnr'] for name, entry in found['datasets'].items()}
 

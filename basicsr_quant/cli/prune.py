@@ -59,4 +59,5 @@ def run(args: argparse.Namespace) -> None:
         print(f'\n{args.onnx}: {os.path.getsize(args.onnx):,} bytes')
     print(f'\n{os.path.relpath(done.checkpoint)}, from {done.source}'
           f'\nmeasure it: basicsr test -opt {done.option_file}'
-          f'\nfine-tune it: basicsr train -opt {done.option_file}')  # fmt: skip
+          f'\nfine-tune it: basicsr train -opt {done.option_file}; test that with '
+          f'--checkpoint experiments/{done.name}/models/net_g_latest.pth')  # fmt: skip

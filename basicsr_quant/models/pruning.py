@@ -25,10 +25,11 @@ ARCH = 'PrunedNetwork'
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned network and what was written for it."""
+    """A pruned network and what was written for it; ``name`` is that of the new option file."""
 
     net: nn.Module
     report: PruningReport
+    name: str
     source: str
     checkpoint: str
     option_file: str
@@ -83,4 +84,4 @@ def prune_file(raw: Mapping[str, Any], options: FilterPruning, asked: str | None
     option_file = os.path.join(folder, f'{name}.yml')
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=100)
     write_text(option_file, f'# {made_by}\n{text}')
-    return Pruned(net, report, source, target, os.path.relpath(option_file, root))
+    return Pruned(net, report, name, source, target, os.path.relpath(option_file, root))
