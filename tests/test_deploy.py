@@ -15,8 +15,10 @@ from basicsr_quant.config import read_config
 from basicsr_quant.deploy import engines
 from basicsr_quant.deploy import export as exporting
 from basicsr_quant.deploy.capture import integer_plan
+from basicsr_quant.deploy.float_regions import with_engine_regions
+from basicsr_quant.deploy.graph import PRODUCTS
 from basicsr_quant.deploy.grids import activation_grid, weight_codes
-from basicsr_quant.deploy.operators import ACTIVATION
+from basicsr_quant.deploy.operators import ACTIVATION, MATRIX_PRODUCT
 from basicsr_quant.deploy.parity import Parity, ParityImage, to_levels
 from basicsr_quant.deploy.simulator import Simulator
 from basicsr_quant.errors import QuantError
@@ -57,10 +59,10 @@ def shuffling():
         return Shuffling()
 
 
-def calibrated(net, **block):
+def calibrated(net, size=16, **block):
     plan = read_config({'method': 'minmax', 'scope': 'all', **block}).plan(net, trace(net))
     quantize(net, plan)
-    method_of(plan).calibrate(net, [images(2, 16)])
+    method_of(plan).calibrate(net, [images(2, size)])
     return net.eval(), plan
 
 
@@ -318,6 +320,66 @@ def test_openvino_fuses_functions_into_layers(deployment, tmp_path):
     )  # fmt: skip
     assert done.plan.left_out == [f'tensor_quantizers.{name}' for name in ('first', 'a', 'up', 'c')]
     assert sum(done.findings[1].integer.values()) >= 6
+
+
+class Attending(nn.Module):
+    """A convolution, attention over the columns of each row, a perceptron, a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.qkv = nn.LayerNorm(8), nn.Linear(8, 24)
+        self.wide, self.narrow = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        y = self.first(x).permute(0, 2, 3, 1)
+        q, k, v = self.qkv(self.norm(y)).chunk(3, dim=-1)
+        y = y + torch.softmax(q @ k.transpose(-2, -1) * 0.3, dim=-1) @ v
+        y = y + self.narrow(nn.functional.gelu(self.wide(self.norm(y))))
+        return self.last(self.middle(y.permute(0, 3, 1, 2).contiguous()))
+
+
+@pytest.mark.parametrize('block', [{}, {'w_bits': 4, 'a_bits': 4, 'w_granularity': 'channel'}], ids=['8', '4'])
+def test_linear_layers_are_products_of_integers_and_the_engine_computes_the_float_rest(block, deployment, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, plan = calibrated(Attending(), skip='quantized', **block)
+    pictures = [ParityImage(str(i), images(1, 16, seed=i), i) for i in range(4)]
+    done = exporting.export(
+        net, plan, str(tmp_path / 'model.onnx'), shape=(1, 3, 16, 16), images=pictures, source='noise', dynamic=False,
+        psnr=lambda output, _: float(output.mean()),
+    )  # fmt: skip
+    assert done.parity.differing == 0
+    assert done.findings[0].integer == {'QLinearConv': 2, 'MatMulInteger': 3, 'QLinearAdd': 2}
+    assert sum(n.target is MATRIX_PRODUCT for n in done.plan.graph.graph.nodes) == 3
+    regions = with_engine_regions(done.plan.graph)
+    ran = [n for n in regions.graph.nodes if n.op == 'call_module']
+    assert ran and not any(n.target in PRODUCTS for n in regions.graph.nodes)
+    x = images(1, 16, seed=9)
+    torch.testing.assert_close(Simulator(regions)(x), done.plan.graph(x), atol=0.05 if not block else 0.3, rtol=0)
+
+
+def test_a_network_that_fixes_its_size_says_how_to_export_it():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
+            self.size = 32
+
+        def forward(self, x):
+            return self.last(self.first(x).reshape(-1, 4, self.size, self.size))
+
+    net, _ = calibrated(Fixed(), 32)
+    with pytest.raises(QuantError, match='height and width of Fixed cannot stay free'):
+        integer_plan(net, (1, 3, 32, 32))
+    assert not integer_plan(net, (1, 3, 32, 32), dynamic=False).dynamic
+
+
+def test_a_graph_without_inexact_operators_is_simulated_as_it_is():
+    net, _ = calibrated(shuffling(), skip='quantized')
+    graph = integer_plan(net, SHAPE).graph
+    assert with_engine_regions(graph) is graph
 
 
 def test_weights_of_four_bits_take_half_the_bytes(deployment):

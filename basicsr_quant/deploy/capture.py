@@ -163,5 +163,10 @@ def _export(net: nn.Module, shape: tuple[int, ...], dynamic: bool) -> tuple[fx.G
         lowering.drop_no_ops(graph)
         return graph.eval(), batched
     said = ' '.join(str(failure).split())[:200]
+    if dynamic and ('Constraints violated' in said or 'specialized' in said):
+        raise QuantError(
+            f"height and width of {type(net).__name__} cannot stay free, its own code fixes them (windows of a "
+            'transformer do); a file for one size of image: --size HEIGHT WIDTH'
+        )
     hint = '; a file for one size of image may do: --size HEIGHT WIDTH' if dynamic else ''
     raise QuantError(f'{type(net).__name__} cannot be exported by torch: {type(failure).__name__}: {said}{hint}')

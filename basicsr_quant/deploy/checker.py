@@ -59,7 +59,7 @@ def check_onnxruntime(plan: IntegerPlan, model: bytes | str) -> Findings:
     kinds = Counter(node.op_type for node in graph.node)
     found = Findings('ONNX Runtime')
     for name, count in kinds.items():
-        if name.startswith('QLinear') or name in ('MatMulIntegerToFloat', 'ConvInteger', 'QGemm'):
+        if name.startswith('QLinear') or name in ('MatMulInteger', 'MatMulIntegerToFloat', 'ConvInteger', 'QGemm'):
             found.integer[name] = count
         elif name in ('Conv', 'FusedConv', 'MatMul', 'Gemm', 'FusedMatMul'):
             found.floating[name] = count
@@ -72,7 +72,8 @@ def check_onnxruntime(plan: IntegerPlan, model: bytes | str) -> Findings:
             if node.integer and node.kind == 'conv2d' and f'node_{node.name}' not in integer:
                 found.faults.append(f'{node.layer} runs in floating point, the plan has it in integers')
         for kind, name, words in (('add', 'QLinearAdd', 'additions'), ('mul', 'QLinearMul', 'multiplications'),
-                                  ('cat', 'QLinearConcat', 'concatenations')):  # fmt: skip
+                                  ('cat', 'QLinearConcat', 'concatenations'),
+                                  ('linear', 'MatMulInteger', 'linear layers')):  # fmt: skip
             planned = sum(node.integer for node in plan.nodes if node.kind == kind)
             if kinds[name] < planned:
                 found.faults.append(f'{kinds[name]} {words} run in integers, the plan has {planned}')

@@ -23,7 +23,7 @@ from .graph import (
     weight_of,
 )
 from .node_report import NodeReport, reports_of
-from .operators import ACTIVATION, CONSTANT, INTEGERS, WHOLE
+from .operators import ACTIVATION, CODES, CONSTANT, INTEGERS, MATRIX_PRODUCT, WHOLE
 
 _SAME_DTYPE = (aten.type_as.default, aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
@@ -50,6 +50,7 @@ def lower(graph: fx.GraphModule, engine: str) -> list[NodeReport]:
     graph.graph.eliminate_dead_code()
     reports = reports_of(graph, engine)
     if engine == 'onnxruntime':
+        _integer_products(graph, {report.name for report in reports if report.integer})
         _exact_sums(graph, {report.name for report in reports if not report.integer})
         graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -211,6 +212,39 @@ def _integer_biases(graph: fx.GraphModule) -> None:
         with graph.graph.inserting_before(node):
             constant = graph.graph.call_function(CONSTANT, (codes_node, scale_node))
         node.args = (*node.args[:2], constant, *node.args[3:])
+
+
+def _integer_products(graph: fx.GraphModule, integer: set[str]) -> None:
+    """Linear layers as products of codes, with scale and bias in floating point behind: what ONNX Runtime would make of
+    a product of dequantized tensors and a bias is one product in floating point."""
+    turned: dict[str, Tensor] = {}
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.linear.default or node.name not in integer:
+            continue
+        grid, found = source(node.args[0]), weight_of(graph, node)
+        assert grid is not None and found is not None
+        name = str(node.args[1].args[0].target)
+        if name not in turned:
+            turned[name] = found[0].t().contiguous()
+        bias = constant_value(graph, node.args[2] if len(node.args) > 2 else None)
+        scale = torch.tensor(grid.args[1], dtype=torch.float32) * found[1]
+        step = _register(graph, f'{node.name}_step', scale, node)
+        with graph.graph.inserting_before(node):
+            x = graph.graph.call_function(CODES, grid.args)
+            for move in reversed(moves_behind(node.args[0])):
+                x = graph.graph.create_node('call_function', move.target, (x, *move.args[1:]))
+            total = graph.graph.call_function(MATRIX_PRODUCT, (x, node.args[1].args[0], grid.args[2]))
+            result = graph.graph.call_function(aten.mul.Tensor, (total, step))
+            if bias is not None:
+                offset = _register(graph, f'{node.name}_offset', bias, node)
+                result = graph.graph.call_function(aten.add.Tensor, (result, offset))
+        node.replace_all_uses_with(result)
+        kept = node.name
+        graph.graph.erase_node(node)
+        total.name = kept
+    for name, codes in turned.items():
+        owner, _, leaf = name.rpartition('.')
+        setattr(graph.get_submodule(owner), leaf, codes)
 
 
 def _exact_sums(graph: fx.GraphModule, floating: set[str]) -> None:

@@ -17,6 +17,7 @@ from .graph import (
     MULTIPLICATIONS,
     OTHER_CONVOLUTIONS,
     PRODUCTS,
+    aten,
     source,
     weight_of,
 )
@@ -67,7 +68,7 @@ def _report(graph: fx.GraphModule, node: Node, engine: str) -> NodeReport:
             why = 'its weight stays in floating point in the plan'
         elif source(node.args[0]) is None:
             why = 'its input stays in floating point in the plan'
-        elif engine == 'onnxruntime':
+        elif engine == 'onnxruntime' and node.target is aten.conv2d.default:
             why = _float_output(node)
     elif node.target in OTHER_CONVOLUTIONS:
         layer = _layer_name(node)

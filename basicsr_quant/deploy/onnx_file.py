@@ -16,7 +16,7 @@ from torch import fx
 
 from ..errors import QuantError
 from .capture import IntegerPlan, free_sizes
-from .operators import ACTIVATION, CONSTANT, INTEGERS, WHOLE
+from .operators import ACTIVATION, CODES, CONSTANT, INTEGERS, MATRIX_PRODUCT, WHOLE
 
 OPSET = 21
 """The first opset with 4-bit integers; every engine named here reads it."""
@@ -62,16 +62,26 @@ def to_onnx(
     Raises:
         QuantError: if an operator of the network has no translation.
     """
-    need('onnx', 'onnxscript')
     image = torch.rand((2 if batched else 1, *shape[1:]))
-    dims = (free_sizes(batched),) if dynamic else None
+    return translated(
+        graph, (image,), opset, input_names=['input'], output_names=['output'],
+        dynamic_shapes=(free_sizes(batched),) if dynamic else None,
+    )  # fmt: skip
+
+
+def translated(graph: fx.GraphModule, examples: tuple[Any, ...], opset: int = OPSET, **kwargs: Any) -> Any:
+    """Any graph as an ``onnx.ModelProto``; ``kwargs`` go to torch's exporter.
+
+    Raises:
+        QuantError: if an operator has no translation.
+    """
+    need('onnx', 'onnxscript')
     try:
         with _quiet():
             program = torch.onnx.export(
-                graph, (image,), dynamo=True, opset_version=opset, verbose=False, external_data=False,
-                input_names=['input'], output_names=['output'], dynamic_shapes=dims,
-                custom_translation_table=_translations(),
-            )
+                graph, examples, dynamo=True, opset_version=opset, verbose=False, external_data=False,
+                custom_translation_table=_translations(), **kwargs,
+            )  # fmt: skip
     except Exception as error:
         said = ' '.join(str(error).split())[:200]
         raise QuantError(f'this network cannot be written as ONNX: {type(error).__name__}: {said}') from None
@@ -129,7 +139,17 @@ def _translations() -> dict[Any, Any]:
     def whole(codes: Any) -> Any:
         return op.Cast(codes, to=onnx_ir.DataType.FLOAT)
 
-    return {ACTIVATION: activation, INTEGERS: integers, CONSTANT: constant, WHOLE: whole}
+    def codes(x: Any, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Any:
+        return codes_of(x, scale, zero_point, low, high, signed)[0]
+
+    def matrix_product(x: Any, weight: Any, zero_point: int) -> Any:
+        sums = op.MatMulInteger(x, weight, number(zero_point, np.uint8), number(0, np.int8))
+        return op.Cast(sums, to=onnx_ir.DataType.FLOAT)
+
+    return {
+        ACTIVATION: activation, INTEGERS: integers, CODES: codes, CONSTANT: constant, WHOLE: whole,
+        MATRIX_PRODUCT: matrix_product,
+    }  # fmt: skip
 
 
 def _strip(model: Any) -> None:

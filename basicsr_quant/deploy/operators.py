@@ -66,6 +66,35 @@ def _(codes: Tensor) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
+@torch.library.custom_op(f'{NAMESPACE}::codes', mutates_args=())
+def codes(x: Tensor, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Tensor:
+    """The codes of a grid as they are stored: clamp(round(x / scale) + zero_point, low, high), uint8 or int8.
+
+    In an ONNX file this is QuantizeLinear, and Clip.
+    """
+    found = (x / scale).round_().add_(zero_point).clamp_(low, high)
+    return found.to(torch.int8 if signed else torch.uint8)
+
+
+@codes.register_fake
+def _(x: Tensor, scale: float, zero_point: int, low: int, high: int, signed: bool) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8 if signed else torch.uint8)
+
+
+@torch.library.custom_op(f'{NAMESPACE}::matrix_product', mutates_args=())
+def matrix_product(x: Tensor, weight: Tensor, zero_point: int) -> Tensor:
+    """(x - zero_point) weight for codes x (..., I) and weight (I, O): whole numbers in float32, summed exactly.
+
+    In an ONNX file this is MatMulInteger and a Cast of its int32 sums.
+    """
+    return ((x.double() - zero_point) @ weight.double()).float()
+
+
+@matrix_product.register_fake
+def _(x: Tensor, weight: Tensor, zero_point: int) -> Tensor:
+    return torch.empty((*x.shape[:-1], weight.shape[1]), dtype=torch.float32, device=x.device)
+
+
 def along_first(scale: Tensor, like: Tensor) -> Tensor:
     """A scale that broadcasts along dimension 0 of ``like``."""
     return scale.reshape(-1, *(1,) * (like.dim() - 1)) if scale.dim() else scale
@@ -75,3 +104,5 @@ ACTIVATION = activation._opoverload
 INTEGERS = integers._opoverload
 CONSTANT = constant._opoverload
 WHOLE = whole._opoverload
+CODES = codes._opoverload
+MATRIX_PRODUCT = matrix_product._opoverload

@@ -14,6 +14,7 @@ from ..errors import QuantError
 from ..network.surgery import quantizers
 from . import engines
 from .capture import IntegerPlan
+from .float_regions import with_engine_regions
 from .graph import aten, attribute
 from .simulator import Simulator
 
@@ -114,7 +115,7 @@ def measure(
         openvino: Run OpenVINO too (f32).
         report: Called with a line for each image.
     """
-    simulator = Simulator(plan.graph, engine_layers(plan.graph))
+    simulator = Simulator(with_engine_regions(plan.graph), engine_layers(plan.graph))
     runs: dict[str, engines.Run] = {'plan': plan.graph, 'simulator': simulator}
     runs['onnxruntime'] = engines.onnxruntime_runner(model)
     if openvino:

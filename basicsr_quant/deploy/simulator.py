@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from torch.nn import functional
 
 from .graph import ADDITIONS, CONVOLUTIONS, EXACT_FLOAT32, MOVES, MULTIPLICATIONS, aten
-from .operators import ACTIVATION, CONSTANT, INTEGERS, along_first
+from .operators import ACTIVATION, CODES, CONSTANT, INTEGERS, MATRIX_PRODUCT, along_first
 
 
 @dataclass
@@ -124,6 +124,8 @@ class Simulator(fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.op == 'output':
             return _plain(self.fetch_args_kwargs_from_env(n)[0][0])
+        if n.op == 'call_module':  # see float_regions
+            return self.module.get_submodule(str(n.target))(*_plain(self.fetch_args_kwargs_from_env(n)[0]))
         if n.op != 'call_function':
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -132,8 +134,10 @@ class Simulator(fx.Interpreter):
         if n.target is CONSTANT:
             dtype = torch.float64 if args[0].dtype == torch.int32 else torch.float32
             return Codes(args[0].to(dtype), args[1], 0)
-        if n.target is ACTIVATION:
+        if n.target in (ACTIVATION, CODES):
             return _quantize(*args)
+        if n.target is MATRIX_PRODUCT:
+            return MATRIX_PRODUCT(args[0].codes, *args[1:])
         if n.target is INTEGERS:
             found = _quantize(*args)
             return Codes(found.codes, torch.ones(()), found.zero_point)

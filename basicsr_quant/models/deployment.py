@@ -87,7 +87,7 @@ def parity_images(
     if not found:
         found, source = _made_up(shape), 'made-up images, no data set is named'
     if fixed:
-        found = [ParityImage(item.name, _fit(item.image, shape)) for item in found]
+        found = [ParityImage(item.name, _fit(item.image, shape), _truth(item, shape)) for item in found]
     return found, source
 
 
@@ -137,6 +137,11 @@ def _fit(image: Tensor, shape: tuple[int, ...]) -> Tensor:
     missing = [max(0, wanted - there) for wanted, there in zip(shape[2:], image.shape[2:])]
     image = nn.functional.pad(image, (0, missing[1], 0, missing[0]), mode='replicate')
     return image[..., : shape[2], : shape[3]].contiguous()
+
+
+def _truth(item: ParityImage, shape: tuple[int, ...]) -> Any:
+    """The ground truth, which :func:`psnr_of` crops as the output is; None for an image that :func:`_fit` pads."""
+    return item.truth if all(there >= wanted for wanted, there in zip(shape[2:], item.image.shape[2:])) else None
 
 
 def psnr_of(scale: int) -> Callable[[Tensor, Any], float]:

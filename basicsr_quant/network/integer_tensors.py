@@ -31,7 +31,8 @@ _PASSES = {
 """Functions behind which a tensor counts as the same one: factors that are numbers, copies, moves."""
 MOVES = frozenset({
     'chunk', 'clone', 'contiguous', 'dropout', 'flatten', 'getitem', 'narrow', 'permute', 'pixel_shuffle',
-    'pixel_unshuffle', 'reshape', 'split', 'split_with_sizes', 'squeeze', 'transpose', 'unbind', 'unsqueeze', 'view',
+    'pixel_unshuffle', 'reshape', 'roll', 'split', 'split_with_sizes', 'squeeze', 'transpose', 'unbind', 'unsqueeze',
+    'view',
 })  # fmt: skip
 """Functions that move values and compute nothing: a grid goes through them."""
 _CONCATENATIONS = ('cat', 'concat', 'concatenate')
@@ -84,6 +85,8 @@ class _Recorder(Frames):
         out = (Tensor.add if func is Tensor.add_ else func)(*args, **out_of_place(kwargs or {}))
         if func is Tensor.add_:
             self.left[id(args[0])] = site
+        if out is (args[0] if args else None) and kind_of(func) in MOVES:  # a dropout in evaluation mode
+            return out
         made = _Made(site, kind_of(func), self._weighted(args), given)
         if not isinstance(out, Tensor):
             for leaf in out if isinstance(out, (tuple, list)) else ():
