@@ -1,7 +1,7 @@
 """Export real networks with every method, bit width and engine, and tabulate what the proofs say.
 
     BASICSR_QUANT_DATA=... python tools/parity_table.py --out parity.jsonl
-    python tools/parity_table.py --out parity.jsonl --table
+    python tools/parity_table.py --out parity.jsonl --table    # the rows that are there
 
 Every network is calibrated on crops of ``calib/`` with ``scope: all, skip: quantized`` (first and last layer at 8 bits)
 and exported in memory; nothing is trained. Rows that are in the file already are not repeated. SwinIR has no weights in
@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     'odm': {'method': 'odm', 'odm': {'init': 'mse'}},
     'auto': {'method': 'auto', 'auto': {'a_granularity': 'tensor', 'budget': 20}},
 }
+ENGINES = ('onnxruntime', 'openvino')
 SETTINGS = {'scope': 'all', 'skip': 'quantized'}
 
 
@@ -83,9 +84,10 @@ def test_images(scale: int, data: Path, fixed: bool) -> list[Any]:
     """Set5, as ``basicsr export`` reads it."""
     from basicsr_quant.models.deployment import parity_images
 
+    folder = data / 'benchmarks/Set5'
     options = {
         'name': 'Set5', 'type': 'PairedImageDataset', 'filename_tmpl': f'{{}}x{scale}', 'io_backend': {'type': 'disk'},
-        'dataroot_gt': str(data / 'benchmarks/Set5/HR'), 'dataroot_lq': str(data / f'benchmarks/Set5/LR_bicubic/X{scale}'),
+        'dataroot_gt': str(folder / 'HR'), 'dataroot_lq': str(folder / f'LR_bicubic/X{scale}'),
     }  # fmt: skip
     return parity_images({'scale': scale, 'datasets': {'test': options}}, (1, 3, *SIZE), 5, fixed)[0]
 
@@ -128,11 +130,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         return [
             row['network'], row['method'], row['bits'], row['engine'],
             f'{100 * apart["differing"]:.4f} %, {apart["largest_difference"]}' if ort else None,
-            f'{psnr["test"]:.3f}', f'{psnr[row["engine"]]:.3f}', integer, floating, row['bytes'], row['refused'] or None,
+            f'{psnr["test"]:.3f}', f'{psnr[row["engine"]]:.3f}', integer, floating, row['bytes'],
+            row['refused'] or None,
         ]  # fmt: skip
 
-    head = ['network', 'method', 'bits', 'engine', 'differ, by', '`basicsr test`', 'engine', 'integer', 'float', 'bytes',
-            'refused']  # fmt: skip
+    head = ['network', 'method', 'bits', 'engine', 'differ, by', '`basicsr test`', "engine's PSNR", 'integer', 'float',
+            'bytes', 'refused']  # fmt: skip
     return markdown(head, [cells(row) for row in rows])
 
 
@@ -142,7 +145,7 @@ def main() -> None:
     parser.add_argument('--networks', nargs='+', choices=[*NETWORKS, *RANDOM], default=names)
     parser.add_argument('--methods', nargs='+', choices=list(METHODS), default=list(METHODS))
     parser.add_argument('--bits', nargs='+', type=int, default=[8, 4, 2])
-    parser.add_argument('--engines', nargs='+', choices=('onnxruntime', 'openvino'), default=['onnxruntime', 'openvino'])
+    parser.add_argument('--engines', nargs='+', choices=ENGINES, default=list(ENGINES))
     parser.add_argument('--images', type=int, default=16, help='calibration crops')
     parser.add_argument('--out', type=Path, default=Path('parity.jsonl'))
     parser.add_argument('--table', action='store_true', help='print the table of what is there and stop')
