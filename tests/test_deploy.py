@@ -208,9 +208,10 @@ CASES = {
 def test_onnx_runtime_computes_what_the_simulator_does(case, deployment, tmp_path):
     net, plan = calibrated(shuffling(), **CASES[case])
     pictures = [ParityImage(str(i), images(1, size, seed=i), i) for i, size in enumerate((16, 23))]
+    said: list[str] = []
     done = exporting.export(
         net, plan, str(tmp_path / 'model.onnx'), shape=SHAPE, images=pictures, source='noise',
-        psnr=lambda output, _: float(output.mean()),
+        psnr=lambda output, _: float(output.mean()), report=said.append,
     )  # fmt: skip
     assert done.parity.differing <= 1e-4 and done.parity.largest <= 1
     assert done.parity.values == 3 * 4 * (16 * 16 + 23 * 23)
@@ -220,6 +221,9 @@ def test_onnx_runtime_computes_what_the_simulator_does(case, deployment, tmp_pat
         assert done.findings[0].integer == {'QLinearConv': 3, 'QLinearAdd': 1}
         assert done.findings[0].floating == {'Conv': 1}
     assert bool(done.plan.realigned) == ('float' in case)
+    moved = [line for line in said if 'grids moved onto integer codes' in line]
+    change = done.parity.psnr['plan'] - done.parity.psnr['test']
+    assert len(moved) == ('float' in case) and all(line.endswith(f'; PSNR {change:+.3f} dB') for line in moved)
 
 
 def test_layers_that_stay_in_floating_point_sum_whole_constants_and_divide(deployment, tmp_path):
@@ -380,6 +384,23 @@ def test_a_graph_without_inexact_operators_is_simulated_as_it_is():
     net, _ = calibrated(shuffling(), skip='quantized')
     graph = integer_plan(net, SHAPE).graph
     assert with_engine_regions(graph) is graph
+
+
+def test_a_clip_free_network_ends_in_its_output_quantizer(deployment, tmp_path):
+    class Clamped(Shuffling):
+        def forward(self, x):
+            return super().forward(x).clamp(0, 1)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, plan = calibrated(Clamped(), method='cfqp', skip='quantized')
+    done = exporting.export(
+        net, plan, str(tmp_path / 'model.onnx'), shape=SHAPE, images=[ParityImage('a', images(1, 16), 0)],
+        source='noise', psnr=lambda output, _: float(output.mean()),
+    )  # fmt: skip
+    assert done.parity.differing == 0 and 'output_quantizer' in done.plan.activations
+    assert done.findings[0].integer['QLinearConv'] == 3
+    assert not any('clamp' in str(node.target) for node in done.plan.graph.graph.nodes)
 
 
 def test_weights_of_four_bits_take_half_the_bytes(deployment):

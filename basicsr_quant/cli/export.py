@@ -63,11 +63,6 @@ def run(args: argparse.Namespace) -> None:
             'static methods such as minmax, mse, lsq, pams or odm export'
             + (f', and so does a network trained with {method.static_with}' if method.static_with else '')
         )
-    if plan.settings.get('output'):
-        raise QuantError(
-            f'quant.method: {plan.method!r} quantizes the output of the network, which this version cannot export; '
-            'minmax, mse, lsq, pams, odm and auto (a_granularity: tensor) export'
-        )
     shape = trace(net).input_shape
     shape = (1, shape[1], *args.size) if args.size else shape
     images, source = parity_images(raw, shape, args.images, fixed=bool(args.size))
