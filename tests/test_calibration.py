@@ -268,3 +268,16 @@ def train(factor: float, name: str, options: dict, steps: int):
         (net(images(2, 6, seed=step)) - images(2, 6, seed=step)).abs().mean().backward()
         optimizer.step()
     return {n: p.detach().clone() for n, p in trained.items()}, net(images(2, 6)), training.log()
+
+
+@pytest.mark.parametrize(('bits', 'percent'), [(2, 99.0), (4, 99.0), (8, 99.99)])
+def test_percentile_cuts_off_less_at_more_bits(bits, percent):
+    batches = [images(2, seed=s) for s in range(3)]
+    net, plan = tiny(), plan_of(tiny(), 'percentile', bits, BODY[1::2])
+    quantize(net, plan)
+    method_of(plan).calibrate(net, batches)
+    seen = observe(net, batches, lambda name, quantizer: OBSERVERS['percentile'](percent=percent))
+    for name, quantizer in quantizers(net).items():
+        if name.endswith('input_quantizer'):
+            for found, wanted in zip(quantizer.bounds(batches[0]), seen.observers[name.rpartition('.')[0]].range()):
+                assert_close(found, wanted.clamp(max=0) if found <= 0 else wanted, rtol=0.2, atol=1e-6)

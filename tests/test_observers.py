@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basicsr_quant.errors import QuantError
-from basicsr_quant.quantizers import OBSERVERS, align_zero_point, fake_quantize, percentile, search_mse_range
+from basicsr_quant.quantizers import (
+    OBSERVERS,
+    align_zero_point,
+    fake_quantize,
+    percentile,
+    percentile_of,
+    search_mse_range,
+)
 from basicsr_quant.quantizers.observers import percentile_range
 
 NAMES = list(OBSERVERS)
@@ -312,3 +319,8 @@ def test_mse_observer_gives_the_same_range_each_time():
     batches = [normal(100000, i) for i in range(5)]
     first, second = (observed('mse', batches, bits=3) for _ in range(2))
     assert torch.equal(torch.stack(first), torch.stack(second))
+
+
+@pytest.mark.parametrize(('bits', 'percent'), [(2, 99.0), (3, 99.0), (4, 99.0), (6, 99.9), (8, 99.99)])
+def test_fewer_values_are_cut_off_at_more_bits(bits, percent):
+    assert percentile_of(bits) == pytest.approx(percent)

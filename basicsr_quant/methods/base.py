@@ -18,7 +18,7 @@ from ..network.plan import LayerPlan, Plan, TensorPlan
 from ..network.stages import Stages
 from ..network.surgery import apply_plan, quant_layers, quantizers
 from ..nn import weight_rows
-from ..quantizers import OBSERVERS, LearnedRange, NetworkMeasure, Observer, Quantizer, RelativeRange
+from ..quantizers import OBSERVERS, LearnedRange, NetworkMeasure, Observer, Quantizer, RelativeRange, percentile_of
 from ..registry import Registry
 from ..schema import option, read
 from ..sparsity import apply_sparsity
@@ -192,7 +192,8 @@ class Method:
     def _observer_of(self, init: str, quantizer: Quantizer, symmetric: bool, per_channel: bool) -> Observer:
         kwargs: dict[str, Any] = {'per_channel': per_channel}
         if init == 'percentile':
-            kwargs['percent'] = self.options.percentile
+            percent = self.options.percentile
+            kwargs['percent'] = percentile_of(quantizer.num_bits) if percent is None else percent
         elif init in ('mse', 'dobi'):
             kwargs.update(bits=quantizer.num_bits, symmetric=symmetric, narrow_range=quantizer.narrow_range)
             kwargs.update(zero_point=quantizer.zero_point)

@@ -17,6 +17,7 @@ from .observers import (
     Observer,
     PercentileObserver,
     percentile,
+    percentile_of,
     search_mse_range,
 )
 from .offset_range import OffsetRange
@@ -64,6 +65,7 @@ __all__ = [
     'image_gradients',
     'num_steps',
     'percentile',
+    'percentile_of',
     'quantize_standardized',
     'quantize_statistics',
     'search_bounds',

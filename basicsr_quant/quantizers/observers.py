@@ -245,6 +245,17 @@ def percentile(rows: Tensor, percent: float) -> Tensor:
     return low + (rows.kthvalue(above + 1, dim=1).values - low) * (position - below)
 
 
+def percentile_of(bits: float) -> float:
+    """A percentile that suits a number of bits: the part cut off falls as the step does, from 1 % at 4 bits on.
+
+    100 (1 - 10^(-b/2)) for b >= 4, and 99 below.
+
+    >>> percentile_of(2), percentile_of(4), percentile_of(8)
+    (99.0, 99.0, 99.99)
+    """
+    return 100.0 * (1.0 - 10.0 ** (-max(bits, 4) / 2))
+
+
 def percentile_range(rows: Tensor, percent: float) -> tuple[Tensor, Tensor]:
     """The (100 - ``percent``)-th and the ``percent``-th percentile of each row of (C, N) values, as :func:`percentile`.
 
