@@ -12,7 +12,7 @@ from .errors import QuantError, nearest
 from .methods import METHODS, method_of, settings_of
 from .network.equalization import equalizable
 from .network.folding import foldable
-from .network.integer_tensors import tensors_of
+from .network.integer_tensors import ENGINES, executed, tensors_of
 from .network.plan import FLOAT_BITS, Plan
 from .network.planning import LayerRule, PlanRequest, make_plan
 from .network.trace import NetworkTrace
@@ -103,6 +103,7 @@ class QuantConfig:
     a_bits: int = 8
     scope: str = 'body'
     skip: str = 'fp'
+    engine: str = 'onnxruntime'
     layers: Mapping[str, LayerRule] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     attention: bool = False
@@ -157,7 +158,7 @@ class QuantConfig:
         method.check(plan)
         plan = method.complete_plan(plan, net)
         if self.skip == 'quantized':
-            plan = replace(plan, tensors=tensors_of(net, traced.input_shape, plan))
+            plan = replace(plan, tensors=executed(tensors_of(net, traced.input_shape, plan), self.engine))
         if sparsity is not None:
             if METHODS[self.method].changes_weights:
                 raise QuantError(
@@ -189,6 +190,7 @@ class _Scalars:
     a_bits: int = 8
     scope: str = option('body', choices=('body', 'all'))
     skip: str = option('fp', choices=('fp', 'quantized'))
+    engine: str = option('onnxruntime', choices=ENGINES)
     attention: bool = False
     w_granularity: Optional[str] = option(None, choices=('tensor', 'channel'))  # noqa: UP045 (as above)
     zero_point: Optional[str] = option(None, choices=('float', 'integer'))  # noqa: UP045
@@ -246,6 +248,7 @@ def read_config(block: Any) -> QuantConfig:
         a_bits=a_bits,
         scope=scalars.scope,
         skip=scalars.skip,
+        engine=scalars.engine,
         layers=_read_layers(block.get('layers')),
         settings=settings,
         attention=scalars.attention,
@@ -262,6 +265,10 @@ def read_config(block: Any) -> QuantConfig:
 
 def _check_method(method: str, scalars: _Scalars) -> None:
     cls = METHODS[method]
+    if scalars.engine != 'onnxruntime' and scalars.skip != 'quantized':
+        raise QuantError(
+            f'quant.engine: {scalars.engine!r} given, which places the quantizers of `skip: quantized`; write that too'
+        )
     if scalars.skip == 'quantized' and not (cls.is_static or cls.takes_skip):
         raise QuantError(f"quant.skip: 'quantized' given, but method {method!r} has ranges of its own for every image")
     if scalars.zero_point is not None and scalars.zero_point not in cls.zero_points:

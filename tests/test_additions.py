@@ -110,6 +110,16 @@ def test_tensors_around_functions_concatenations_and_products():
     assert [t.tensor for t in plan.tensors] == ['prelu', 'a', 'act', '/relu.0', '/cat.0', 'up', 'gate']
 
 
+@pytest.mark.parametrize('engine, wanted', [
+    ('onnxruntime', [t for t, _, _ in ALL]), ('tensorrt', [t for t, _, _ in ALL]),
+    ('openvino', [t for t, kind, _ in ALL if kind != 'branch']),
+])  # fmt: skip
+def test_quantizers_stand_where_the_engine_executes_them(engine, wanted):
+    net, plan = quantized(network(Block), engine=engine)
+    assert [t.tensor for t in plan.tensors] == wanted
+    assert len(net.tensor_quantizers) == len(wanted)
+
+
 def test_a_sum_behind_which_a_relu_stands_is_quantized_once():
     class Rectified(Block):
         def forward(self, x):

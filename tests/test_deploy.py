@@ -326,6 +326,18 @@ def test_openvino_fuses_functions_into_layers(deployment, tmp_path):
     assert sum(done.findings[1].integer.values()) >= 6
 
 
+def test_a_network_trained_for_openvino_is_what_openvino_runs(deployment, tmp_path):
+    pytest.importorskip('openvino')
+    net, plan = calibrated(distilling(), skip='quantized', engine='openvino')
+    pictures = [ParityImage('0', images(1, 16), 0)]
+    done = exporting.export(
+        net, plan, str(tmp_path / 'model.onnx'), shape=SHAPE, images=pictures, source='noise', engine='openvino',
+        psnr=lambda output, _: float(output.mean()),
+    )  # fmt: skip
+    assert done.plan.left_out == [] and {t.kind for t in plan.tensors} == {'part'}
+    assert done.parity.psnr['plan'] == pytest.approx(done.parity.psnr['test'], abs=1e-5)
+
+
 class Attending(nn.Module):
     """A convolution, attention over the columns of each row, a perceptron, a convolution."""
 

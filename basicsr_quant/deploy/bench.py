@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantError
-from ..network.additions import CONTAINER, key_of
 from ..network.plan import Plan
 from ..network.surgery import floating_point
 from ..network.trace import NetworkTrace, trace
 from . import engines
 from .capture import IntegerPlan, float_graph, integer_plan
+from .export import left_out_names
 from .onnx_file import packed_onnx, to_onnx
 
 GAIN = 4.0
@@ -89,7 +89,7 @@ def compare(
     shape = tuple(image.shape)
     traced = trace(net, shape, compute=False)
     bounds: dict[tuple[str, str], float] = {}
-    branches = {f'{CONTAINER}.{key_of(t.tensor)}' for t in plan.tensors if t.kind == 'branch'}
+    left_out = left_out_names(plan, 'openvino')
     lowered = integer_plan(net, shape, 'onnxruntime')
     bounds['ONNX Runtime', 'int8'] = amdahl(lowered, traced)
     with floating_point(net):
@@ -105,7 +105,7 @@ def compare(
             ('ONNX Runtime', 'fp32'): (files['fp32'], None), ('ONNX Runtime', 'int8'): (files['int8'], None),
         }  # fmt: skip
         if _has_openvino():
-            placed = integer_plan(net, shape, 'openvino', leave_out=lambda name: name in branches)
+            placed = integer_plan(net, shape, 'openvino', leave_out=lambda name: name in left_out)
             bounds['OpenVINO', 'int8'] = amdahl(placed, traced)
             files['openvino'] = _save(packed_onnx(placed), folder, 'openvino')
             where[('OpenVINO', 'fp32')] = (files['fp32'], 'f32')

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..network.additions import CONTAINER, key_of
+from ..network.integer_tensors import executed
 from ..network.plan import FLOAT_BITS, Plan
 from ..version import __version__
 from . import checker
@@ -113,12 +114,9 @@ def export(
 
 
 def left_out_names(plan: Plan, engine: str) -> set[str]:
-    """Names of the quantizers that an engine would not execute, or better does without.
-
-    OpenVINO adds the branch of a residual block, and computes the function behind a layer, within the layer.
-    """
-    kinds = ('branch', 'before') if engine == 'openvino' else ()
-    return {f'{CONTAINER}.{key_of(tensor.tensor)}' for tensor in plan.tensors if tensor.kind in kinds}
+    """Names of the quantizers that an engine would not execute, or better does without."""
+    kept = executed(plan.tensors, engine)
+    return {f'{CONTAINER}.{key_of(tensor.tensor)}' for tensor in plan.tensors if tensor not in kept}
 
 
 def summary(plan: IntegerPlan, parity: Parity, findings: Sequence[checker.Findings]) -> list[str]:

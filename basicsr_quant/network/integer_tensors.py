@@ -147,6 +147,17 @@ def _is_residual(args: Any, kwargs: Any) -> bool:
     return first.shape == second.shape and first.dim() >= 3 and pixels and first.is_floating_point()
 
 
+
+ENGINES = ('onnxruntime', 'openvino', 'tensorrt')
+_WITHIN_A_LAYER = {'openvino': ('branch', 'before')}
+
+
+def executed(tensors: tuple[TensorPlan, ...], engine: str) -> tuple[TensorPlan, ...]:
+    """The tensors that an engine quantizes: OpenVINO adds the branch of a residual block, and computes the function
+    behind a layer, within the layer."""
+    return tuple(tensor for tensor in tensors if tensor.kind not in _WITHIN_A_LAYER.get(engine, ()))
+
+
 @torch.no_grad()
 def find_tensors(net: nn.Module, image: Tensor, plan: Plan) -> tuple[TensorPlan, ...]:
     """The tensors that have to be quantized so that what lies between quantized layers runs in integers.
