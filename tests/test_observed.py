@@ -10,7 +10,7 @@ from helpers import BODY, assert_close, images, plan_of, quantized, tiny
 from basicsr_quant.methods import method_of, quantize, settings_of
 from basicsr_quant.network.planning import PlanRequest, make_plan
 from basicsr_quant.network.surgery import quant_layers
-from basicsr_quant.quantizers import OBSERVERS, search_mse_range
+from basicsr_quant.quantizers import OBSERVERS, percentile_of, search_mse_range
 
 METHODS = ['minmax', 'percentile', 'mse']
 BATCHES = [images(4, seed=s) for s in range(3)]
@@ -27,6 +27,9 @@ def first_inputs():
         return [tiny().first(b) for b in BATCHES]
 
 
+PERCENT = {2: 99.0, 4: 99.0, 8: 99.99}
+
+
 def wanted_range(method, options, bits, values, **kwargs):
     """The range of a list of tensors, by NumPy or the tested search."""
     if method == 'mse':
@@ -39,7 +42,7 @@ def wanted_range(method, options, bits, values, **kwargs):
         return low, high
     if method == 'minmax':
         return min(float(v.min()) for v in values), max(float(v.max()) for v in values)
-    p = options.get('percentile', 99)
+    p = options.get('percentile', PERCENT[bits])
     return tuple(np.mean([np.percentile(v.numpy(), q) for v in values]) for q in (100 - p, p))
 
 
@@ -113,7 +116,10 @@ def test_every_mix_of_bits_granularity_and_observers(method, w_init, granularity
 
 
 def observed_weight(name, weight, bits, per_channel):
-    options = {'mse': {'bits': bits, 'symmetric': True, 'narrow_range': True, 'zero_point': 'integer'}}.get(name, {})
+    options = {
+        'mse': {'bits': bits, 'symmetric': True, 'narrow_range': True, 'zero_point': 'integer'},
+        'percentile': {'percent': percentile_of(bits)},
+    }.get(name, {})
     observer = OBSERVERS[name](per_channel=per_channel, **options)
     observer.update(weight)
     lower, upper = observer.range()

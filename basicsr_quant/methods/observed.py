@@ -16,49 +16,43 @@ _OBSERVERS = ('minmax', 'percentile', 'mse', 'dobi')
 
 
 @dataclass(frozen=True)
-class MinMaxOptions(RangeOptions):
-    """``ema`` takes a moving average of the batches' extremes (decay 0.9, AdaBM) instead of the extremes of all.
+class ObservedOptions(RangeOptions):
+    """Options of all three.
 
     Args:
+        percentile: p of the (100 - p)-th and p-th percentile; left out,
+            :func:`~basicsr_quant.quantizers.percentile_of` the bits: 99 up to 4 bits (ODM, AdaBM, which are about
+            those), 99.9 at 6, 99.99 at 8, where clipping 1 % costs a decibel and more.
         w_init: Another observer for the weights, for example ``mse`` (OMSE) beside min-max activations; left out, they
             are observed as the activations are.
         learn: Train the ranges too (``basicsr train``); by default they stay as calibrated and only the network's
             weights adapt to them.
     """
 
-    init: str = option('minmax', choices=('minmax', 'ema_minmax'))
+    percentile: Optional[float] = option(None, low=50.0, high=100.0)  # type: ignore[assignment]  # noqa: UP045 (3.9)
     w_init: Optional[str] = option(None, choices=_OBSERVERS)  # noqa: UP045 (read at run time, Python 3.9)
     learn: bool = option(False)
 
 
 @dataclass(frozen=True)
-class PercentileOptions(RangeOptions):
-    """The (100 - p)-th and p-th percentile, averaged over batches.
+class MinMaxOptions(ObservedOptions):
+    """``ema_minmax``: a moving average of the batches' extremes (decay 0.9, AdaBM) instead of the extremes of all."""
 
-    ``w_init`` and ``learn`` as in :class:`MinMaxOptions`.
+    init: str = option('minmax', choices=('minmax', 'ema_minmax'))
 
-    Args:
-        percentile: p; left out, :func:`~basicsr_quant.quantizers.percentile_of` the bits: 99 up to 4 bits (ODM, AdaBM,
-            which are about those), 99.9 at 6, 99.99 at 8, where clipping 1 % costs a decibel and more.
-    """
 
-    percentile: Optional[float] = option(None, low=50.0, high=100.0)  # type: ignore[assignment]  # noqa: UP045 (3.9)
+@dataclass(frozen=True)
+class PercentileOptions(ObservedOptions):
+    """The (100 - p)-th and p-th percentile, averaged over batches."""
 
     init: str = option('percentile', choices=('percentile',))
-    w_init: Optional[str] = option(None, choices=_OBSERVERS)  # noqa: UP045 (read at run time, Python 3.9)
-    learn: bool = option(False)
 
 
 @dataclass(frozen=True)
-class MSEOptions(RangeOptions):
-    """The range with the least squared reconstruction error; ``init: dobi`` finds it as 2DQuant does.
-
-    ``w_init`` and ``learn`` as in :class:`MinMaxOptions`.
-    """
+class MSEOptions(ObservedOptions):
+    """The range with the least squared reconstruction error; ``init: dobi`` finds it as 2DQuant does."""
 
     init: str = option('mse', choices=('mse', 'dobi'))
-    w_init: Optional[str] = option(None, choices=_OBSERVERS)  # noqa: UP045 (read at run time, Python 3.9)
-    learn: bool = option(False)
 
 
 class ObservedRanges(Method):
