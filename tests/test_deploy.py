@@ -113,9 +113,18 @@ def test_weight_codes_are_the_fake_quantized_weight(bits, make, halved, exact):
     assert found.codes.dtype == torch.int8 and found.halved == halved
     scale = found.scale.reshape(-1, 1, 1, 1)
     apart = ((found.codes * scale - quantizer(weight)).abs() / scale).max()
-    assert (apart < 1e-3) if exact else (found.error > 0.1 and apart <= 0.51)
+    assert (apart < 1e-3) if exact else (found.error > 0.1 and apart <= 1.01)
     if halved:
         assert (found.codes % 2 != 0).all()
+
+
+def test_weights_that_are_rounded_anew_do_not_shrink():
+    weight = torch.randn(8, 64, 3, 3, generator=torch.Generator().manual_seed(1)) * 0.1
+    quantizer = ranged(SymmetricRange(8, narrow_range=False), -1.0, 1.0)
+    found = weight_codes('w', weight, quantizer)
+    stored = found.codes * found.scale
+    assert float((stored * weight).sum() / weight.square().sum()) == pytest.approx(1.0, abs=2e-3)
+    assert float((stored - weight).abs().max()) <= float(found.scale) * 0.5001
 
 
 @pytest.mark.parametrize('quantizer, words', [

@@ -117,8 +117,9 @@ def weight_codes(name: str, weight: Tensor, quantizer: Quantizer) -> WeightCodes
     """Integer codes of a fake-quantized weight.
 
     Grids with zero among their levels are whole multiples of the step. Those without (2^b levels on [-u, u]) are odd
-    multiples of half of it, which fit int8 below 8 bits. What fits neither (8 bits without zero, any other offset) is
-    rounded to 255 levels over the same range, with the error stated.
+    multiples of half of it, which fit int8 below 8 bits. What fits neither (8 bits without zero, any other offset): the
+    weight itself is rounded to 255 levels over the same range, with the error stated. Rounding what is rounded already
+    would move every half step towards zero, which at 8 bits costs more than the bits do.
 
     Raises:
         QuantError: if the weight's range is not calibrated, or a channel has no range of its own.
@@ -138,7 +139,7 @@ def weight_codes(name: str, weight: Tensor, quantizer: Quantizer) -> WeightCodes
         if error < _EXACT and codes.abs().max() < 128.5:
             return WeightCodes(codes.round().to(torch.int8), _vector(unit), quantizer.num_bits, halved)
     unit = torch.maximum(lower.abs(), upper.abs()) / 127
-    codes = (quantized / unit).round()
+    codes = (weight.double() / unit).round().clamp(-127, 127)
     error = ((codes * unit - quantized).abs() / step).max()
     return WeightCodes(codes.to(torch.int8), _vector(unit), quantizer.num_bits, error=float(error))
 
