@@ -10,7 +10,7 @@ from .. import schema
 from ..errors import QuantError, nearest
 
 FILTER_METHODS = ('bn_filter', 'magnitude', 'random')
-_SHARED = ('ratio', 'ranking', 'joint', 'multiple_of')
+_SHARED = ('ratio', 'ranking', 'joint', 'multiple_of', 'compensate')
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class FilterPruning:
         joint: Also prune filters that feed the same sums, all together. Left whole by default: every block reads them.
         multiple_of: Each layer keeps a multiple of this many filters; 8 or 16 suits the vectors of CPUs.
         dense: Name globs of convolutions that stay whole (``layers: {GLOB: dense}``).
+        compensate: Add to the next layer what removed filters gave it in the mean, where a BatchNorm behind them says
+            so. Exact but at the border of the image, where the next convolution pads with zeros. Not in the paper; on
+            by default, since it costs nothing and before fine-tuning it is worth most of the loss.
         moment: ``bn_filter``: 1 ranks by E|f(z)| (the paper, for ReLU), 2 by the root of E[f(z)^2].
-        compensate: ``bn_filter``: add to the next layer what removed filters gave it in the mean, by the same formulas.
-            Exact but at the border of the image, where the next convolution pads with zeros. Not in the paper; on by
-            default, since it costs nothing and before fine-tuning it is worth most of the loss.
         seed: Of ``random``.
     """
 
@@ -39,12 +39,12 @@ class FilterPruning:
     joint: bool = schema.option(False)
     multiple_of: int = schema.option(1, low=1, high=64)
     dense: tuple[str, ...] = ()
-    moment: int = schema.option(1, choices=(1, 2))
     compensate: bool = schema.option(True)
+    moment: int = schema.option(1, choices=(1, 2))
     seed: int = schema.option(0, low=0)
 
 
-_OWN = {'bn_filter': ('moment', 'compensate'), 'magnitude': (), 'random': ('seed',)}
+_OWN = {'bn_filter': ('moment',), 'magnitude': (), 'random': ('seed',)}
 """Options that stand under the method's own name."""
 
 
