@@ -34,6 +34,7 @@ _LEAST_GAIN = 0.99
 
 BITS = 'bits of each layer'
 _WIDENINGS = {'ranges': 0.0, 'wider ranges': 0.5, 'widest ranges': 1.0}
+_MANY_BITS = 6
 _WIDER = 0.9
 """Ranges are widened only for a tenth less error: rounding makes up for part of what narrow ones clip."""
 
@@ -131,10 +132,15 @@ class Search:
         self._widen(seen)
 
     def _widen(self, seen: Observations) -> None:
-        """Choose how far all input ranges go from least squared error towards the extremes."""
+        """Choose how far all input ranges go from least squared error towards the extremes.
+
+        What is tried first stays if there is no time to judge more: at many bits the extremes, which lose little
+        there, while a search in a hurry sees too few of the large values.
+        """
         inputs = {n: q for n in self.names if isinstance(q := self.layers[n].input_quantizer, LearnedRange)}
-        for title, widening in _WIDENINGS.items():
-            if widening and self.left < 3 * len(self.judged) * self.forward_seconds:
+        fine = sum(q.num_bits >= _MANY_BITS for q in inputs.values()) * 2 > len(inputs)
+        for tried, (title, widening) in enumerate(sorted(_WIDENINGS.items(), key=lambda w: w[1], reverse=fine)):
+            if tried and self.left < 3 * len(self.judged) * self.forward_seconds:
                 self.left_out[title] = f'{len(self.judged) * self.forward_seconds:.0f} s'
                 continue
             self.widening = widening
@@ -142,9 +148,10 @@ class Search:
                 self._set_input(name, seen, quantizer.num_bits)
             with self.stages.stage('judging'):
                 self.errors[title] = self._error()
-        chosen = next(iter(self.errors))
-        for title, error in self.errors.items():
-            if error < _WIDER * self.errors[chosen]:
+        self.errors = {title: self.errors[title] for title in _WIDENINGS if title in self.errors}
+        chosen, *wider = self.errors
+        for title in wider:
+            if self.errors[title] < _WIDER * self.errors[chosen]:
                 chosen = title
         self.kept, self.current = [chosen], self.errors[chosen]
         self.widening = _WIDENINGS[chosen]
