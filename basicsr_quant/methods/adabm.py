@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import QuantError
 from ..network.bit_allocation import allocate_bits
-from ..network.calibration import Observations, evaluating, observe, set_tensor_ranges
+from ..network.calibration import Observations, evaluating, observe
 from ..network.plan import FLOAT_BITS, LayerPlan, Plan
 from ..network.sensitivity import OFFSETS, output_errors
 from ..network.stages import Stages
 from ..network.surgery import quant_layers
 from ..network.teacher import Teacher, batches_of, spread
-from ..nn import weight_rows
 from ..quantizers import (
     OBSERVERS,
     AdaptiveRange,
@@ -109,7 +108,7 @@ class AdaBM(Method):
                 if quant_layers(net):
                     raise QuantError('quant.calibration: the data set gave no image')
                 return seen
-            self._start_ranges(net, seen, stages)
+            self.start_ranges(net, seen, stages)
             adaptive = {n: q for n, q in _inputs(net).items() if isinstance(q, AdaptiveRange) and n in seen.stds}
             for mapping in (m for m in net.modules() if isinstance(m, ImageBits)):
                 mapping.set_thresholds(*self._thresholds(found['complexity']))
@@ -148,17 +147,6 @@ class AdaBM(Method):
         if init == 'percentile':
             return PercentileObserver(per_channel, self.options.percentile)
         return OBSERVERS[init](per_channel)
-
-    def _start_ranges(self, net: nn.Module, seen: Observations, stages: Stages) -> None:
-        idle = [name for name in seen.observers if name not in seen.stds]
-        if idle:
-            logger.warning('Calibration never reached %d layers, which keep an unset range: %s.', len(idle), idle)
-        set_tensor_ranges(net, seen)
-        for name, layer in stages.over('setting ranges', list(quant_layers(net).items())):
-            if name in seen.stds:
-                self.start_input(layer.input_quantizer, seen.observers[name])
-            if isinstance(layer.weight_quantizer, Quantizer):
-                self.start_weight(layer.weight_quantizer, weight_rows(layer))
 
     def start_weight(self, quantizer: Any, weight: Tensor) -> None:
         if self.schedule.init == 'mse':

@@ -161,6 +161,11 @@ class Method:
         seen = observe(net, stages.over('observing activations', batches), self.make_observer)
         if not seen.images and quant_layers(net):
             raise QuantError('quant.calibration: the data set gave no image')
+        self.start_ranges(net, seen, stages)
+        return seen
+
+    def start_ranges(self, net: nn.Module, seen: Observations, stages: Stages) -> None:
+        """Give every quantizer the range it starts with, from what was observed."""
         idle = [name for name in seen.observers if name not in seen.stds]
         if idle:
             logger.warning('Calibration never reached %d layers, which keep an unset range: %s.', len(idle), idle)
@@ -170,7 +175,6 @@ class Method:
                 self.start_input(layer.input_quantizer, seen.observers[name])
             if isinstance(layer.weight_quantizer, Quantizer):
                 self.start_weight(layer.weight_quantizer, weight_rows(layer))
-        return seen
 
     def make_observer(self, name: str, quantizer: Quantizer) -> Observer:
         """The observer of a layer's input."""
