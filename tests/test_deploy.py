@@ -211,6 +211,8 @@ CASES = {
     'channels': {'method': 'mse', 'w_bits': 4, 'a_bits': 3, 'w_granularity': 'channel', 'skip': 'quantized'},
     'pams': {'method': 'pams', 'w_bits': 2, 'a_bits': 8, 'skip': 'quantized'},
     'lsq': {'method': 'lsq', 'w_bits': 2, 'a_bits': 2, 'skip': 'quantized'},
+    'auto': {'method': 'auto', 'auto': {'a_granularity': 'tensor'}, 'skip': 'quantized'},
+    'auto 7': {'method': 'auto', 'auto': {'a_granularity': 'tensor'}, 'a_bits': 7, 'skip': 'quantized'},
 }
 
 

@@ -15,8 +15,9 @@ from ..errors import QuantError
 from ..network.bit_allocation import allocate_bits
 from ..network.calibration import Observations, evaluating, observe, output_error, set_tensor_ranges
 from ..network.input_moments import columns_wanted, input_moments, moment_groups
+from ..network.integer_tensors import TENSOR_BITS
 from ..network.stages import Stages
-from ..network.surgery import floating_point, quant_layers
+from ..network.surgery import floating_point, quant_layers, tensor_quantizers
 from ..network.trace import trace
 from ..nn import stores_weight, weight_rows
 from ..quantizers import LearnedRange, MSEObserver, Quantizer, SymmetricRange
@@ -199,8 +200,11 @@ class Search:
             return
         macs = {layer.name: float(layer.macs) for layer in trace(self.net).layers}
         before = {name: copy.deepcopy(q.state_dict()) for name, q in inputs.items()}
+        # A layer that reads a quantized tensor and comes to have as many bits would quantize twice in a row.
+        most = TENSOR_BITS - 1 if tensor_quantizers(self.net) else 8
         for bits, names in groups.items():
-            errors = self._weigh(names, (bits - 1, bits, bits + 1), images, seen)
+            choices = tuple(b for b in (bits - 1, bits, bits + 1) if b <= most)
+            errors = self._weigh(names, choices, images, seen)
             for name, chosen in allocate_bits(errors, bits, macs).items():
                 self._set_input(name, seen, chosen)
         with self.stages.stage('judging'):

@@ -112,6 +112,11 @@ class Method:
         """The fewest and the most bits that a layer may choose: the ends of a picture's colour scale."""
         return 2, 8
 
+    @property
+    def shares_tensors(self) -> bool:
+        """Whether a layer's input quantizer may be that of a tensor of as many bits: its bits must not change then."""
+        return self.is_static and not self.chooses_bits
+
     # -- quantizers ------------------------------------------------------------------------------------------------
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
@@ -316,7 +321,7 @@ def quantize(net: nn.Module, plan: Plan) -> nn.Module:
         method.make_weight,
         method.make_measures(plan),
         method.make_tensor,
-        share_tensors=method.is_static and not method.chooses_bits,  # a layer's bits may leave those of the tensor
+        share_tensors=method.shares_tensors,
     )
     method.complete(net, plan)
     if plan.sparsity is not None:
