@@ -98,9 +98,10 @@ def test_repositories_that_are_refused(model, words, tmp_path):
         check_repository(str(tmp_path / 'there'), model)
 
 
-def test_the_client_speaks_the_protocol(tmp_path, monkeypatch):
-    """Against a server of the standard library that answers as KServe's protocol v2 says, with tensors as binary data:
-    it enlarges by repeating pixels."""
+@pytest.mark.parametrize('binary', [True, False])
+def test_the_client_speaks_the_protocol(binary, tmp_path, monkeypatch):
+    """Against a server of the standard library that answers as KServe's protocol v2 says, with tensors as numbers or, where
+    it says that it takes them, as binary data: it enlarges by repeating pixels."""
     pytest.importorskip('cv2')
     spec = importlib.util.spec_from_file_location('client', Path(__file__).parents[1] / 'docs/deploy/client.py')
     client = importlib.util.module_from_spec(spec)
@@ -108,20 +109,30 @@ def test_the_client_speaks_the_protocol(tmp_path, monkeypatch):
     seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path == '/v2'
+            self.answer({'name': 'here', 'extensions': ['binary_tensor_data'] if binary else []})
+
         def do_POST(self):
-            size = int(self.headers['Inference-Header-Content-Length'])
             body = self.rfile.read(int(self.headers['Content-Length']))
+            size = int(self.headers['Inference-Header-Content-Length']) if binary else len(body)
             given = json.loads(body[:size])['inputs'][0]
             assert (given['name'], given['datatype']) == ('input', 'FP32')
-            assert given['parameters']['binary_data_size'] == len(body) - size
+            if binary:
+                assert given['parameters']['binary_data_size'] == len(body) - size
+            values = np.frombuffer(body[size:], '<f4') if binary else np.array(given['data'], np.float32)
             seen.append((self.path, given['shape']))
-            made = np.frombuffer(body[size:], '<f4').reshape(given['shape']).repeat(2, 2).repeat(2, 3)
-            content = made.tobytes()
-            output = {'name': 'output', 'datatype': 'FP32', 'shape': list(made.shape),
-                      'parameters': {'binary_data_size': len(content)}}  # fmt: skip
-            head = json.dumps({'model_name': 'net', 'outputs': [output]}).encode()
+            made = values.reshape(given['shape']).repeat(2, 2).repeat(2, 3)
+            content = made.tobytes() if binary else b''
+            more = {'parameters': {'binary_data_size': len(content)}} if binary else {'data': made.ravel().tolist()}
+            output = {'name': 'output', 'datatype': 'FP32', 'shape': list(made.shape), **more}
+            self.answer({'model_name': 'net', 'outputs': [output]}, content)
+
+        def answer(self, message, content=b''):
+            head = json.dumps(message).encode()
             self.send_response(200)
-            self.send_header('Inference-Header-Content-Length', str(len(head)))
+            if content:
+                self.send_header('Inference-Header-Content-Length', str(len(head)))
             self.send_header('Content-Length', str(len(head) + len(content)))
             self.end_headers()
             self.wfile.write(head + content)

@@ -1,4 +1,4 @@
-"""Up-scales an image through a model server: Triton, OpenVINO Model Server, or any that speaks KServe's protocol v2.
+"""Up-scales an image through a model server: Triton, OpenVINO Model Server, MLServer, any with KServe's protocol v2.
 
     python docs/deploy/client.py photo.png large.png --model edsr_x4 --url http://localhost:8000
 """
@@ -17,20 +17,33 @@ from basicsr_quant.data.png_file import PngFile
 from basicsr_quant.deploy.tiles import Tiling, upscale
 
 
-def infer(url: str, model: str, images: torch.Tensor) -> torch.Tensor:
-    """One request with binary data: (N, C, H, W) float32 in and out."""
-    content = images.contiguous().numpy().astype('<f4').tobytes()
-    tensor = {'name': 'input', 'shape': list(images.shape), 'datatype': 'FP32',
-              'parameters': {'binary_data_size': len(content)}}  # fmt: skip
-    wanted = {'name': 'output', 'parameters': {'binary_data': True}}
+def takes_binary(url: str) -> bool:
+    """Whether the server says that tensors may follow the JSON as they are, an extension of the protocol."""
+    with urllib.request.urlopen(f'{url}/v2') as answer:
+        return 'binary_tensor_data' in json.loads(answer.read()).get('extensions', [])
+
+
+def infer(url: str, model: str, images: torch.Tensor, binary: bool) -> torch.Tensor:
+    """One request: (N, C, H, W) float32 in and out, as bytes behind the JSON or as numbers in it."""
+    values = images.contiguous().numpy().astype('<f4')
+    tensor = {'name': 'input', 'shape': list(images.shape), 'datatype': 'FP32'}
+    if binary:
+        content = values.tobytes()
+        tensor['parameters'] = {'binary_data_size': len(content)}
+    else:
+        content = b''
+        tensor['data'] = values.ravel().tolist()
+    wanted = {'name': 'output', 'parameters': {'binary_data': binary}}
     header = json.dumps({'inputs': [tensor], 'outputs': [wanted]}).encode()
-    request = urllib.request.Request(
-        f'{url}/v2/models/{model}/infer', header + content, {'Inference-Header-Content-Length': str(len(header))}
-    )
+    fields = {'Inference-Header-Content-Length': str(len(header))} if binary else {'Content-Type': 'application/json'}
+    request = urllib.request.Request(f'{url}/v2/models/{model}/infer', header + content, fields)
     with urllib.request.urlopen(request) as answer:
-        size, body = int(answer.headers['Inference-Header-Content-Length']), answer.read()
-    shape = json.loads(body[:size])['outputs'][0]['shape']
-    return torch.frombuffer(bytearray(body[size:]), dtype=torch.float32).reshape(shape)
+        body = answer.read()
+        size = int(answer.headers.get('Inference-Header-Content-Length', len(body)))
+    output = json.loads(body[:size])['outputs'][0]
+    if 'data' in output:
+        return torch.tensor(output['data'], dtype=torch.float32).reshape(output['shape'])
+    return torch.frombuffer(bytearray(body[size:]), dtype=torch.float32).reshape(output['shape'])
 
 
 def main() -> None:
@@ -40,13 +53,16 @@ def main() -> None:
     parser.add_argument('--model', required=True, help='its folder in the model repository')
     parser.add_argument('--url', default='http://localhost:8000')
     parser.add_argument('--tile', type=int, default=256)
+    parser.add_argument('--binary', action='store_true', help='for servers that take binary tensors and do not say so')
     args = parser.parse_args()
     image = read_image(args.input)
-    scale = infer(args.url, args.model, torch.zeros(1, 3, 32, 32)).shape[-1] // 32
-    bands = through_network(
-        image, 3, scale,
-        lambda part: upscale(lambda tiles: infer(args.url, args.model, tiles), part, scale, Tiling(args.tile)),
-    )  # fmt: skip
+    binary = args.binary or takes_binary(args.url)
+
+    def network(tiles: torch.Tensor) -> torch.Tensor:
+        return infer(args.url, args.model, tiles, binary)
+
+    scale = network(torch.zeros(1, 3, 32, 32)).shape[-1] // 32
+    bands = through_network(image, 3, scale, lambda part: upscale(network, part, scale, Tiling(args.tile)))
     channels = 1 if image.ndim == 2 else image.shape[2]
     with PngFile(args.output, image.shape[0] * scale, image.shape[1] * scale, channels, image.dtype) as file:
         for band in bands:
