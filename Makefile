@@ -2,6 +2,7 @@
 # make demo   the main job on real photographs               make test-fast  all but the slow ones
 # make lint   ruff and mypy                                  make env-mmagic, test-mmagic   the same for MMagic
 
+WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install
@@ -42,11 +43,11 @@ demo: env
 	$(PY) tools/demo.py
 
 test: env env-mmagic
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 	$(MM_PY) -m pytest tests/mmagic
 
 test-fast: env
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
 
 test-mmagic: env-mmagic
 	$(MM_PY) -m pytest tests/mmagic

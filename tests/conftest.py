@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
+if 'PYTEST_XDIST_WORKER' in os.environ:  # as many workers as cores: each has one, and so have the commands it runs
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 
 @pytest.fixture(scope='session')
 def assets() -> Path:
