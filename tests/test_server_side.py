@@ -100,8 +100,8 @@ def test_repositories_that_are_refused(model, words, tmp_path):
 
 @pytest.mark.parametrize('binary', [True, False])
 def test_the_client_speaks_the_protocol(binary, tmp_path, monkeypatch):
-    """Against a server of the standard library that answers as KServe's protocol v2 says, with tensors as numbers or, where
-    it says that it takes them, as binary data: it enlarges by repeating pixels."""
+    """Against a server of the standard library that answers as KServe's protocol v2 says, with tensors as numbers, or
+    as binary data where it says that it takes them: it enlarges by repeating pixels."""
     pytest.importorskip('cv2')
     spec = importlib.util.spec_from_file_location('client', Path(__file__).parents[1] / 'docs/deploy/client.py')
     client = importlib.util.module_from_spec(spec)
