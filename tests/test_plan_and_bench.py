@@ -80,8 +80,8 @@ def test_bench_of_every_engine(file: str, capsys: Any, monkeypatch: Any) -> None
     assert {('PyTorch eager', 'fp32'), ('ONNX Runtime', 'fp32'), ('ONNX Runtime', 'int8')} <= kinds
     cells = {(row[0], row[1]): row for row in rows}
     plain, own = cells['ONNX Runtime', 'fp32'], cells['ONNX Runtime', 'int8']
-    assert all(int(row[6].replace(',', '')) > 0 and int(row[7]) >= 0 for row in (plain, own))
-    assert 1 <= float(own[4].rstrip('x')) <= 4 and plain[4] == '-'
+    assert all(int(row[7].replace(',', '')) > 0 and int(row[8]) >= 0 for row in (plain, own))
+    assert all(1 <= float(own[bound].rstrip('x')) <= 4 and plain[bound] == '-' for bound in (4, 5))
 
 
 @pytest.mark.parametrize('count', ['0', '-3'])

@@ -22,10 +22,12 @@ from ..network.trace import NetworkTrace, trace
 from . import engines
 from .capture import IntegerPlan, float_graph, integer_plan
 from .export import left_out_names
+from .float_time import onnxruntime_float_share, openvino_float_share
 from .onnx_file import packed_onnx, to_onnx
 
 GAIN = 4.0
 """How many times more multiply-adds the VNNI instructions do on 8 bits than FMA does in float32."""
+_FLOAT_SHARE = {'ONNX Runtime': onnxruntime_float_share, 'OpenVINO': openvino_float_share}
 _INT8_FLAGS = ('avx512_vnni', 'avx_vnni', 'amx_int8')
 
 
@@ -39,7 +41,9 @@ class Row:
         seconds: Median latency.
         file_bytes: Size of the file; None for PyTorch.
         peak_bytes: What loading and one run add to the memory of a fresh process; None for PyTorch.
-        bound: Most that int8 could gain over the engine's fp32, see :func:`amdahl`; None for other rows.
+        bound: Most that int8 could gain over the engine's fp32 by the share of multiply-accumulates that run in
+            integers, see :func:`bound_by_macs`; None for other rows.
+        time_bound: The same by the time that is left to floating point, see :func:`bound_by_time`.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Row:
     file_bytes: int | None = None
     peak_bytes: int | None = None
     bound: float | None = None
+    time_bound: float | None = None
 
 
 def has_int8_instructions() -> bool | None:
@@ -91,7 +96,7 @@ def compare(
     bounds: dict[tuple[str, str], float] = {}
     left_out = left_out_names(plan, 'openvino')
     lowered = integer_plan(net, shape, 'onnxruntime')
-    bounds['ONNX Runtime', 'int8'] = amdahl(lowered, traced)
+    bounds['ONNX Runtime', 'int8'] = bound_by_macs(lowered, traced)
     with floating_point(net):
         plain, batched = float_graph(net, shape)
     runs: dict[tuple[str, str], engines.Run] = {('PyTorch eager', 'fp32'): plain}
@@ -106,7 +111,7 @@ def compare(
         }  # fmt: skip
         if _has_openvino():
             placed = integer_plan(net, shape, 'openvino', leave_out=lambda name: name in left_out)
-            bounds['OpenVINO', 'int8'] = amdahl(placed, traced)
+            bounds['OpenVINO', 'int8'] = bound_by_macs(placed, traced)
             files['openvino'] = _save(packed_onnx(placed), folder, 'openvino')
             where[('OpenVINO', 'fp32')] = (files['fp32'], 'f32')
             where[('OpenVINO', 'bf16')] = (files['fp32'], 'bf16')
@@ -118,16 +123,19 @@ def compare(
                 runs[key] = engines.openvino_runner(str(path), precision=precision, threads=threads)
             else:
                 runs[key] = engines.onnxruntime_runner(str(path), threads=threads)
-        seconds = _in_turn(runs, image, rounds)
+        seconds = {key: statistics.median(values) for key, values in _in_turn(runs, image, rounds).items()}
         rows = []
-        for key, values in seconds.items():
-            size = peak = None
+        for key, median in seconds.items():
+            size = peak = limit = None
             if key in where:
                 file, precision = where[key]
                 engine = 'openvino' if key[0] == 'OpenVINO' else 'onnxruntime'
                 size = file.stat().st_size
                 peak = _peak(file, engine, precision, shape, threads) if memory else None
-            rows.append(Row(*key, statistics.median(values), size, peak, bounds.get(key)))
+                if key in bounds:
+                    share = _FLOAT_SHARE[key[0]](str(file), image, threads)
+                    limit = bound_by_time(seconds[key[0], 'fp32'], share * median)
+            rows.append(Row(*key, median, size, peak, bounds.get(key), limit))
     return rows
 
 
@@ -135,25 +143,36 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
     """Header and cells: latency as ratios to PyTorch eager and to the same engine's fp32."""
     eager = rows[0].seconds
     own = {row.name: row.seconds for row in rows if row.number == 'fp32'}
-    header = ['engine', 'numbers', 'x PyTorch eager', "x the engine's fp32", 'at most', 'ms (median)', 'file bytes',
-              'peak MiB']  # fmt: skip
+    header = ['engine', 'numbers', 'x PyTorch eager', "x the engine's fp32", 'at most by MACs', 'by time',
+              'ms (median)', 'file bytes', 'peak MiB']  # fmt: skip
     return header, [
         [
             row.name, row.number, f'{eager / row.seconds:.2f}x', f'{own[row.name] / row.seconds:.2f}x',
-            None if row.bound is None else f'{row.bound:.2f}x', f'{1000 * row.seconds:.1f}', row.file_bytes,
+            *(None if bound is None else f'{bound:.2f}x' for bound in (row.bound, row.time_bound)),
+            f'{1000 * row.seconds:.1f}', row.file_bytes,
             None if row.peak_bytes is None else round(row.peak_bytes / 2**20),
         ]
         for row in rows
     ]  # fmt: skip
 
 
-def amdahl(plan: IntegerPlan, traced: NetworkTrace) -> float:
+def bound_by_macs(plan: IntegerPlan, traced: NetworkTrace) -> float:
     """Most that integers can gain, with the share of multiply-accumulates that run in them (Amdahl):
     1 / ((1 - share) + share / 4)."""
     integer = {node.layer for node in plan.nodes if node.integer and node.layer}
     done = sum(layer.macs for layer in traced.layers if layer.name in integer)
     share = done / traced.macs if traced.macs else 0.0
     return 1 / ((1 - share) + share / GAIN)
+
+
+def bound_by_time(fp32: float, left: float) -> float:
+    """Most that integers can gain over a pass of ``fp32`` seconds of which ``left`` stay in floating point:
+    fp32 / (left + (fp32 - left) / 4). What moves data without a multiplication counts here, as it does in the engine.
+
+    >>> bound_by_time(1.0, 0.2)
+    2.5
+    """
+    return fp32 / (left + max(0.0, fp32 - left) / GAIN)
 
 
 def _in_turn(

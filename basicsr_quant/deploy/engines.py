@@ -42,13 +42,16 @@ class Runner:
             raise QuantError(f'{self.engine} fails on an input of {shape}: {_first_line(error)}') from None
 
 
-def onnxruntime_session(model: Any, *, threads: int | None = None, optimized: str | None = None) -> Any:
+def onnxruntime_session(
+    model: Any, *, threads: int | None = None, optimized: str | None = None, profile: str | None = None
+) -> Any:
     """An ONNX Runtime session on the CPU.
 
     Args:
         model: Path, or serialized model.
         threads: Threads within an operator; None leaves the choice to the engine.
         optimized: Where to write the graph that is really executed.
+        profile: Where to write the time of each node; the file's name begins so.
 
     Raises:
         QuantError: if the file is refused.
@@ -62,6 +65,8 @@ def onnxruntime_session(model: Any, *, threads: int | None = None, optimized: st
         options.intra_op_num_threads = threads
     if optimized is not None:
         options.optimized_model_filepath = optimized
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     try:
         return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     except Exception as error:  # the engine has exceptions of its own for each cause
@@ -79,12 +84,16 @@ def onnxruntime_runner(model: Any, *, threads: int | None = None) -> Runner:
     return Runner('ONNX Runtime', compute, [side if isinstance(side, int) else None for side in first.shape])
 
 
-def openvino_compiled(model: Any, *, precision: str | None = 'f32', threads: int | None = None) -> Any:
+def openvino_compiled(
+    model: Any, *, precision: str | None = 'f32', threads: int | None = None, profile: bool = False
+) -> Any:
     """A model compiled by OpenVINO for the CPU.
 
     Args:
         model: Path of an ONNX or IR file, or a serialized ONNX model.
         precision: ``f32``, ``bf16``, or None for the engine's default (bf16 where the processor has it).
+        threads: Threads; None leaves the choice to the engine.
+        profile: Measure the time of each node.
 
     Raises:
         QuantError: if the file is refused.
@@ -97,6 +106,8 @@ def openvino_compiled(model: Any, *, precision: str | None = 'f32', threads: int
         config['INFERENCE_PRECISION_HINT'] = precision
     if threads:
         config['INFERENCE_NUM_THREADS'] = threads
+    if profile:
+        config['PERF_COUNT'] = True
     core = openvino.Core()
     try:
         if isinstance(model, bytes):
