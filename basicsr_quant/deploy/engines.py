@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -84,6 +85,19 @@ def onnxruntime_runner(model: Any, *, threads: int | None = None) -> Runner:
     return Runner('ONNX Runtime', compute, [side if isinstance(side, int) else None for side in first.shape])
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The one OpenVINO core of this process.
+
+    It is never let go of: the CPU plugin gives its thread a stack for signals and, once nothing uses it, takes it away
+    in whichever thread that happens. If that is another one, the next signal (a worker of a DataLoader ends) finds none
+    and the kernel kills the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def openvino_compiled(
     model: Any, *, precision: str | None = 'f32', threads: int | None = None, profile: bool = False
 ) -> Any:
@@ -99,8 +113,6 @@ def openvino_compiled(
         QuantError: if the file is refused.
     """
     need('openvino')
-    import openvino
-
     config: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY'}
     if precision is not None:
         config['INFERENCE_PRECISION_HINT'] = precision
@@ -108,7 +120,7 @@ def openvino_compiled(
         config['INFERENCE_NUM_THREADS'] = threads
     if profile:
         config['PERF_COUNT'] = True
-    core = openvino.Core()
+    core = openvino_core()
     try:
         if isinstance(model, bytes):
             with tempfile.TemporaryDirectory() as folder:

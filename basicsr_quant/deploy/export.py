@@ -20,6 +20,7 @@ from ..network.plan import FLOAT_BITS, Plan
 from ..version import __version__
 from . import checker
 from .capture import IntegerPlan, integer_plan
+from .engines import openvino_core
 from .files import check_writable, write_bytes
 from .onnx_file import OPSET, check_opset, need, packed_onnx
 from .parity import Parity, ParityImage, measure
@@ -160,7 +161,7 @@ def _write(content: bytes, path: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         onnx_path, xml = os.path.join(folder, 'model.onnx'), os.path.join(folder, 'model.xml')
         Path(onnx_path).write_bytes(content)
-        openvino.save_model(openvino.Core().read_model(onnx_path), xml, compress_to_fp16=False)
+        openvino.save_model(openvino_core().read_model(onnx_path), xml, compress_to_fp16=False)
         parts = {suffix: Path(folder, f'model{suffix}').read_bytes() for suffix in ('.bin', '.xml')}
     for suffix, part in parts.items():  # the .xml last: without it nobody looks for the other
         write_bytes(Path(path).with_suffix(suffix), part)
