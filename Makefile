@@ -43,11 +43,11 @@ demo: env
 	$(PY) tools/demo.py
 
 test: env env-mmagic
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(MM_PY) -m pytest tests/mmagic
 
 test-fast: env
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-mmagic: env-mmagic
 	$(MM_PY) -m pytest tests/mmagic

@@ -40,7 +40,7 @@ def said() -> Iterator[list[str]]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     yield lines
-    logger.setLevel(level)
+    logger.setLevel(level or logging.INFO)  # the host may have begun to log meanwhile, and says so only once
     logger.removeHandler(handler)
 
 

@@ -74,7 +74,7 @@ def search_bounds(
         lower, upper: two tensors of shape (C,).
 
     >>> search_bounds(torch.tensor([[0.0, 1.0, 2.0, 9.0]]), 2)
-    (tensor([0.]), tensor([9.]))
+    (tensor([0.]), tensor([8.7300]))
     """
     low, high = rows.aminmax(dim=1) if extremes is None else extremes
     if symmetric:
