@@ -298,7 +298,9 @@ def test_a_network_that_fixes_its_batch_still_exports_for_any_size(deployment):
     assert run.shape == (1, 3, None, None) and run(images(1, 21)).shape == (1, 3, 21, 21)
 
 
-@pytest.mark.parametrize('block', [{}, {'method': 'lsq', 'w_bits': 4, 'a_bits': 4}], ids=['8', '4'])
+@pytest.mark.parametrize(
+    'block', [{}, {'method': 'lsq', 'w_bits': 4, 'a_bits': 4}, {'method': 'pams'}], ids=['8', '4', '8 of 255 levels']
+)
 def test_functions_splits_concatenations_and_products_run_in_integers(block, deployment, tmp_path):
     """What is not ReLU stands between quantizers: every convolution but the last is an integer one."""
     net, plan = calibrated(distilling(), skip='quantized', **block)

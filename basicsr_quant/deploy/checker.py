@@ -14,6 +14,7 @@ from .graph import aten
 from .node_report import NodeReport
 
 _FLOAT_ARITHMETIC = ('Add', 'Sub', 'Mul', 'Div')
+_MOVES = ('Transpose', 'Reshape', 'DepthToSpace', 'MaxPool', 'Clip', 'Split', 'Slice')
 _CLAMPS = (aten.clamp.default, aten.hardtanh.default, aten.relu6.default, aten.clamp_min.default)
 
 
@@ -95,7 +96,7 @@ def _clips(plan: IntegerPlan, graph: Any) -> list[str]:
 
 
 def _moves_codes(node: Any, makers: dict[str, Any]) -> bool:
-    while node is not None and node.op_type in ('Transpose', 'Reshape', 'DepthToSpace', 'MaxPool', 'Clip'):
+    while node is not None and node.op_type in _MOVES:
         node = makers.get(node.input[0])
     return node is not None and node.op_type.startswith(('QLinear', 'Quantize'))
 
