@@ -256,6 +256,25 @@ def test_scores_and_masks_stay_once_the_budget_is_met_while_weights_train_on():
     assert set(run.sparse.log()) == {'density'} and run.sparse.log()['density'] <= 0.4
 
 
+@pytest.mark.parametrize('m', [4, 32])
+@pytest.mark.parametrize('budget', [0.7, 0.5, 0.3])
+def test_a_step_that_goes_below_the_budget_gives_back_what_has_room(budget, m):
+    net, plan = sparse(tiny(channels=20), m=m, budget=budget, **FAST)
+    run = Run(net, plan)
+    with torch.no_grad():
+        for mask in run.sparse.masks:
+            mask.scores.fill_(0.4)
+        best = run.sparse.masks[1]
+        best.scores[0] = 0.49
+    run.sparse._after_step()
+    assert not run.sparse.learning and run.sparse.share() <= budget + 1e-9
+    costs = unit_costs(plan.sparsity)
+    kept = [int(mask.kept) for mask in run.sparse.masks]
+    rest = [float(cost[n]) for cost, n in zip(costs, kept) if n < m and cost[n] > 0]
+    assert all(run.sparse.share() + cost > budget for cost in rest)
+    assert int(best.kept) >= max(kept)
+
+
 def test_a_budget_that_is_met_from_the_start_freezes_at_once():
     net, plan = sparse(tiny(channels=16), budget=1.0)
     assert not Run(net, plan).sparse.learning

@@ -30,6 +30,7 @@ from basicsr_quant.report.tables import markdown
 VARIANTS: dict[str, dict[str, Any]] = {
     'bn_filter': {'method': 'bn_filter'},
     'bn_filter plain': {'method': 'bn_filter', 'compensate': False},
+    'bn_filter of 16': {'method': 'bn_filter', 'multiple_of': 16},
     'bn_filter layer': {'method': 'bn_filter', 'ranking': 'layer'},
     'bn_filter joint': {'method': 'bn_filter', 'joint': True},
     'magnitude': {'method': 'magnitude'},

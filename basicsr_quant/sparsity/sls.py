@@ -152,11 +152,30 @@ class SLSTraining(SparseTraining):
             elif ratio - float(progress.ratio) < self.options.gain:
                 progress.factor *= self.options.growth
 
+    @torch.no_grad()
     def _freeze_if_met(self) -> None:
-        if self.share() <= self.plan.budget + 1e-12:
-            for mask in self.masks:
-                mask.freeze()
-            self._figures = {}
+        if self.share() > self.plan.budget + 1e-12:
+            return
+        if self.learning:
+            self._fill_budget()
+        for mask in self.masks:
+            mask.freeze()
+        self._figures = {}
+
+    def _fill_budget(self) -> None:
+        """Keep the ranks of highest p after all, one by one, as far as the budget allows."""
+        costs, left = unit_costs(self.plan).double(), self.plan.budget + 1e-12 - self.share()
+        p = torch.stack([torch.cumprod(mask.scores, 0) for mask in self.masks])
+        kept = [int(mask.kept) for mask in self.masks]
+        while True:
+            fitting = [i for i, n in enumerate(kept) if n < self.plan.group and costs[i, n] <= left]
+            if not fitting:
+                break
+            best = max(fitting, key=lambda i: float(p[i, kept[i] - 1]))
+            left -= float(costs[best, kept[best]])
+            kept[best] += 1
+        for mask, n in zip(self.masks, kept):
+            mask.kept.fill_(n)
 
     def log(self) -> dict[str, float]:
         """Adds: ``l_cost``, the weighted cost, and ``annealing``, a; both until the budget is met."""
