@@ -74,7 +74,7 @@ class Auto(Method):
 
     @property
     def shares_tensors(self) -> bool:
-        return self.options.a_granularity == 'tensor'  # the search gives no layer the tensors' 8 bits or takes them
+        return self.options.a_granularity == 'tensor'  # no layer gets the tensors' 8 bits, or loses them
 
     def make_input(self, layer: LayerPlan, module: nn.Module) -> Quantizer:
         return LearnedRange(layer.a_bits, self._input_shape(module), zero_point=self.zero_point)
