@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger('basicsr')
 
 _JUDGED = 8
+_HURRY = 8
+"""Values that one stands for in a search of ranges that takes too long."""
 _MOMENT_IMAGES = 32
 _WEIGHED = 4
 _LEAST_GAIN = 0.99
@@ -113,7 +115,7 @@ class Search:
     def set_ranges(self, seen: Observations) -> None:
         """Ranges of least squared error, then the first error of the output."""
         self.every = 1
-        allowed = self.left / 4
+        allowed, begin = self.left / 4, time.perf_counter()
         for index, name in enumerate(self.stages.over('setting ranges', self.names)):
             start = time.perf_counter()
             layer = self.layers[name]
@@ -124,7 +126,10 @@ class Search:
             if index == 0:
                 projected = (time.perf_counter() - start) * len(self.names)
                 self.every = max(1, round(projected / max(allowed, 1e-3)))
-        images = [image for image, _ in zip(self.images, range(_JUDGED))]
+            elif time.perf_counter() - begin > 2 * allowed:  # the first layer was a small one
+                self.every = max(self.every, _HURRY)
+        fitting = int(self.left / (2 * self.forward_seconds + 1e-9))  # in FP32, and once quantized
+        images = [image for image, _ in zip(self.images, range(min(_JUDGED, max(2, fitting))))]
         images = [image.to(next(self.net.parameters()).device) for image in images]
         with self.stages.stage('judging'), evaluating(self.net), floating_point(self.net):
             start = time.perf_counter()
