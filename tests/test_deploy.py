@@ -370,10 +370,11 @@ class Attending(nn.Module):
         return self.last(self.middle(y.permute(0, 3, 1, 2).contiguous()))
 
 
-def test_linear_layers_are_products_of_integers_and_the_engine_computes_the_float_rest(deployment, tmp_path):
+@pytest.mark.parametrize('block', [{}, {'w_bits': 4, 'a_bits': 4, 'w_granularity': 'channel'}], ids=['8', '4'])
+def test_linear_layers_are_products_of_integers_and_the_engine_computes_the_float_rest(block, deployment, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net, plan = calibrated(Attending(), skip='quantized', w_granularity='channel')
+        net, plan = calibrated(Attending(), skip='quantized', **block)
     pictures = [ParityImage(str(i), images(1, 16, seed=i), i) for i in range(4)]
     done = exporting.export(
         net, plan, str(tmp_path / 'model.onnx'), shape=(1, 3, 16, 16), images=pictures, source='noise', dynamic=False,
@@ -385,6 +386,8 @@ def test_linear_layers_are_products_of_integers_and_the_engine_computes_the_floa
     regions = with_engine_regions(done.plan.graph)
     ran = [n for n in regions.graph.nodes if n.op == 'call_module']
     assert ran and not any(n.target in PRODUCTS for n in regions.graph.nodes)
+    x = images(1, 16, seed=9)
+    torch.testing.assert_close(Simulator(regions)(x), done.plan.graph(x), atol=0.05 if not block else 0.3, rtol=0)
 
 
 def test_a_network_that_fixes_its_size_says_how_to_export_it():

@@ -92,7 +92,7 @@ def integer_plan(
     Args:
         net: A network after :func:`basicsr_quant.methods.quantize`, with ranges, on any device.
         shape: An input shape (1, C, H, W) that it takes.
-        engine: One of :data:`.grids.ENGINES`.
+        engine: One of :data:`~basicsr_quant.network.integer_tensors.ENGINES`.
         dynamic: Export height and width, and the batch where the network allows it, as free dimensions.
         leave_out: Names of quantizers that the engine would not execute.
 

@@ -78,8 +78,9 @@ def export(
         path: ``.onnx``, or ``.xml`` for OpenVINO's own format (``.bin`` beside it).
         shape: An input shape that the network takes.
         images, source, psnr: What parity is measured on, see :func:`.parity.measure`.
-        engine: One of :data:`.grids.ENGINES`. OpenVINO adds the branch of a residual block without rounding it first:
-            its file, and the PyTorch network it is compared with, leave those quantizers out.
+        engine: One of :data:`~basicsr_quant.network.integer_tensors.ENGINES`. OpenVINO adds the branch of a residual
+            block without rounding it first: its file, and the PyTorch network it is compared with, leave those
+            quantizers out.
         opset: ONNX opset.
         dynamic: Let height and width be free.
         facts: Goes into the JSON file as it is: scale, checkpoint ...

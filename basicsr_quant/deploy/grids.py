@@ -12,9 +12,6 @@ from torch import Tensor
 from ..errors import QuantError
 from ..quantizers import OffsetRange, Quantizer, align_zero_point, num_steps
 
-ENGINES = ('onnxruntime', 'openvino', 'tensorrt')
-"""Who the file is for. The CPU engines take uint8 activations, TensorRT int8 ones with zero point 0."""
-
 _EXACT = 1e-3
 """Codes that lie closer than this to whole numbers are whole: float32 bounds do not give them better."""
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger('basicsr')
 
 _JUDGED = 8
-_HURRY = 8
-"""Values that one stands for in a search of ranges that takes too long."""
 _MOMENT_IMAGES = 32
 _WEIGHED = 4
 _LEAST_GAIN = 0.99
@@ -115,7 +113,7 @@ class Search:
     def set_ranges(self, seen: Observations) -> None:
         """Ranges of least squared error, then the first error of the output."""
         self.every = 1
-        allowed, begin = self.left / 4, time.perf_counter()
+        allowed = self.left / 4
         for index, name in enumerate(self.stages.over('setting ranges', self.names)):
             start = time.perf_counter()
             layer = self.layers[name]
@@ -126,8 +124,6 @@ class Search:
             if index == 0:
                 projected = (time.perf_counter() - start) * len(self.names)
                 self.every = max(1, round(projected / max(allowed, 1e-3)))
-            elif time.perf_counter() - begin > 2 * allowed:  # the first layer was a small one
-                self.every = max(self.every, _HURRY)
         fitting = int(self.left / (2 * self.forward_seconds + 1e-9))  # in FP32, and once quantized
         images = [image for image, _ in zip(self.images, range(min(_JUDGED, max(2, fitting))))]
         images = [image.to(next(self.net.parameters()).device) for image in images]
@@ -198,6 +194,8 @@ class Search:
         for name, quantizer in inputs.items():
             if 2 < quantizer.num_bits < 8:  # ends at 8 bits stay, and nothing is below 2
                 groups.setdefault(quantizer.num_bits, []).append(name)
+        if not groups:
+            return
         trials = 3 * sum(map(len, groups.values())) * self.forward_seconds
         images = self.judged[: max(0, min(_WEIGHED, int(self.left / 4 / (trials + 1e-9))))]
         if not images:

@@ -41,6 +41,9 @@ NONLINEAR = frozenset({
     'selu', 'sigmoid', 'silu', 'softplus', 'tanh',
 })  # fmt: skip
 """Functions of one value. ReLU is none of them: it is a lower bound on codes, which engines fuse into the layer."""
+ENGINES = ('onnxruntime', 'openvino', 'tensorrt')
+"""Who a file is for. The CPU engines take uint8 activations, TensorRT int8 ones with zero point 0."""
+_WITHIN_A_LAYER = {'openvino': ('branch', 'before')}
 _SUM, _JOIN, _FUNCTION, _OTHER = 'sum', 'join', 'function', 'other'
 
 
@@ -145,11 +148,6 @@ def _is_residual(args: Any, kwargs: Any) -> bool:
     first, second = args[:2]
     pixels = first.shape[2:].numel() > 1 or first.dim() < 4
     return first.shape == second.shape and first.dim() >= 3 and pixels and first.is_floating_point()
-
-
-
-ENGINES = ('onnxruntime', 'openvino', 'tensorrt')
-_WITHIN_A_LAYER = {'openvino': ('branch', 'before')}
 
 
 def executed(tensors: tuple[TensorPlan, ...], engine: str) -> tuple[TensorPlan, ...]:
